@@ -1,0 +1,548 @@
+"""Train a FractalNet with drop-path: a frozen recipe in, a checkpoint and a run record out.
+
+    python -m model.train --recipe anytime --dataset cifar10 --data data --out runs/first
+
+Must not know calibration, export or serving. Everything random comes from generators seeded by (seed, epoch), so an
+epoch is a function of the checkpoint before it: a run that was interrupted ends like one that was not.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from model import data, droppath
+from model.fractalnet import Architecture, FractalNet, Initialisation, Stem, initialise, preset
+
+Passes = Literal["tied", "coin", "columns"]
+
+EVALUATION_BATCH = 500
+MARGIN = 4  # shift in pixels, and the border reflected for it [the paper's "+" and "++"]
+N_WHITENING_IMAGES = 5000  # the filters settle long before; see whitening_filters
+
+
+class TrainingError(Exception):
+    """Training cannot go on; the message says why and what is left."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every choice of a training run.
+
+    Attributes:
+        architecture: A preset's name.
+        epochs: Passes over the training images.
+        batch_size: Images per step, over all processes together.
+        learning_rate: At its peak.
+        schedule: "steps" divides by 10 whenever the remaining epochs halve, four times; "triangle" rises over the first
+            fifth and falls to zero.
+        momentum: Of SGD.
+        nesterov: Whether the momentum looks ahead.
+        weight_decay: On convolutions and classifier; BatchNorm has none.
+        label_smoothing: Share of the target spread over all classes.
+        local_drop: Probability of dropping an input of a join under local drop-path.
+        passes: What one batch trains. "tied": the joined net under local drop-path and every column, as the authors'
+            graph does; "coin": one of the two, and of the columns a random one, as their paper says; "columns": one of
+            the two, and then every column.
+        local_share: Probability that the coin says "joined net".
+        column_weight: Of each column's loss; the joined net's is 1.
+        initialisation: See `fractalnet.initialise`.
+        flip: See `data.flips`.
+        dropout: Whether the architecture's dropout is used.
+    """
+
+    architecture: str
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    schedule: Literal["steps", "triangle"]
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    label_smoothing: float = 0.0
+    local_drop: float = 0.15
+    passes: Passes = "coin"
+    local_share: float = 0.5
+    column_weight: float = 1.0
+    initialisation: Initialisation = "xavier"
+    flip: data.Flip = "random"
+    dropout: bool = True
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 2 or not self.learning_rate > 0:
+            raise ValueError("epochs must be at least 1, the batch size at least 2, the learning rate above 0")
+
+
+RECIPES: dict[str, Recipe] = {
+    # Larsson et al.: SGD 0.9, lr 0.02, batch 100, 400 epochs. They train one local and all global samples in every batch,
+    # each column at 1/C of the weight (C = 3), as their released generator writes it.
+    "paper": Recipe(
+        "cifar-20", 400, 100, 0.02, "steps", weight_decay=1e-4, passes="tied", column_weight=1 / 3
+    ),
+    # A short schedule for a machine without an accelerator.
+    "anytime": Recipe(
+        "cifar-anytime",
+        40,
+        256,
+        0.3,
+        "triangle",
+        nesterov=True,
+        weight_decay=5e-4,
+        label_smoothing=0.1,
+        passes="columns",
+        local_share=0.25,
+        initialisation="dirac",
+        flip="alternate",
+        dropout=False,
+    ),
+}
+
+
+def learning_rate(recipe: Recipe, progress: float) -> float:
+    """The rate after a share `progress` (0 to 1) of all steps."""
+    if recipe.schedule == "steps":
+        # At 1/2, 3/4, 7/8 and 15/16 of the run: 200, 300, 350, 375 of 400 epochs.
+        return recipe.learning_rate * 10.0 ** -sum(progress >= 1 - 0.5**i for i in range(1, 5))
+    warm_up, start = 0.2, 0.2
+    rising = start + (1 - start) * progress / warm_up
+    return recipe.learning_rate * max(0.0, min(rising, (1 - progress) / (1 - warm_up)))
+
+
+def build(recipe: Recipe, dataset: data.Dataset, seed: int) -> FractalNet:
+    """The recipe's network for this dataset, with fresh weights."""
+    images = dataset.train.images_NCHW
+    architecture = preset(
+        recipe.architecture, n_classes=len(dataset.labels), size=images.shape[2], channels=images.shape[1]
+    )
+    if not recipe.dropout:
+        architecture = dataclasses.replace(architecture, dropout=())
+    torch.manual_seed(seed)
+    net = FractalNet(architecture)
+    initialise(net, recipe.initialisation, dataset.normalise(images[:N_WHITENING_IMAGES]))
+    return net
+
+
+# --- one step --------------------------------------------------------------------------------------------------------
+
+
+class _Objective(nn.Module):
+    """The loss of one batch, as a module, so that DistributedDataParallel can wrap it."""
+
+    def __init__(self, net: FractalNet, recipe: Recipe) -> None:
+        super().__init__()
+        self.net = net
+        self.recipe = recipe
+
+    def forward(self, images_NCHW: Tensor, labels_N: Tensor, parts: list[droppath.Paths]) -> Tensor:
+        return torch.stack([self._part(images_NCHW, labels_N, paths) for paths in parts]).sum()
+
+    def _part(self, images_NCHW: Tensor, labels_N: Tensor, paths: droppath.Paths) -> Tensor:
+        if isinstance(paths, droppath.Local):
+            logits_NK, weight = self.net(images_NCHW, paths.masks), 1.0
+        else:
+            logits_NK, weight = self.net.column(paths.column)(images_NCHW), self.recipe.column_weight
+        smoothing = self.recipe.label_smoothing
+        return weight * nn.functional.cross_entropy(logits_NK.float(), labels_N, label_smoothing=smoothing)
+
+
+def sample_parts(recipe: Recipe, architecture: Architecture, generator: torch.Generator) -> list[droppath.Paths]:
+    """Which networks the next batch trains."""
+    n_blocks, n_columns = len(architecture.widths), architecture.n_columns
+    every_column: list[droppath.Paths] = [droppath.Global(k) for k in range(1, n_columns + 1)]
+    if recipe.passes == "tied":
+        return [droppath.sample_local(n_blocks, n_columns, recipe.local_drop, generator), *every_column]
+    paths = droppath.sample(n_blocks, n_columns, recipe.local_drop, recipe.local_share, generator)
+    return every_column if isinstance(paths, droppath.Global) and recipe.passes == "columns" else [paths]
+
+
+def _optimiser(net: FractalNet, recipe: Recipe) -> torch.optim.SGD:
+    trained = [p for p in net.parameters() if p.requires_grad]
+    return torch.optim.SGD(
+        [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
+            {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=recipe.learning_rate,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+    )
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything a run needs to go on, or an export to begin; read with `weights_only=True`."""
+
+    recipe: Recipe
+    architecture: Architecture
+    dataset: str
+    labels: tuple[str, ...]
+    mean_C: Tensor
+    std_C: Tensor
+    seed: int
+    epoch: int
+    seconds: float
+    model: dict[str, Any]
+    optimiser: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Write beside, then rename: a full disk or a kill leaves the last good checkpoint.
+
+        Raises:
+            TrainingError: if it cannot be written.
+        """
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields |= {"recipe": dataclasses.asdict(self.recipe), "architecture": dataclasses.asdict(self.architecture)}
+        part = path.with_suffix(".part")
+        try:
+            torch.save(fields, part)
+            part.replace(path)
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a short write
+            part.unlink(missing_ok=True)
+            raise TrainingError(f"{path} cannot be written ({error}): the checkpoint before it is untouched") from error
+
+    @classmethod
+    def load(cls, path: Path) -> "Checkpoint":
+        """Read one.
+
+        Raises:
+            TrainingError: if the file is missing or no checkpoint of this version.
+        """
+        try:
+            fields = torch.load(path, map_location="cpu", weights_only=True)
+            architecture = fields.pop("architecture")
+            stem = architecture.pop("stem")
+            return cls(
+                recipe=Recipe(**fields.pop("recipe")),
+                architecture=Architecture(**architecture, stem=Stem(**stem) if stem else None),
+                **fields,
+            )
+        except FileNotFoundError as error:
+            raise TrainingError(f"there is no checkpoint {path}: train first, or check the path") from error
+        except Exception as error:  # torch.load raises whatever the bytes make it raise
+            raise TrainingError(f"{path} is no checkpoint that can be read here ({error})") from error
+
+    def network(self) -> FractalNet:
+        """The trained network, in evaluation mode."""
+        net = FractalNet(self.architecture)
+        net.load_state_dict(self.model)
+        return net.eval()
+
+
+@torch.no_grad()
+def logits(network: nn.Module, split: data.Split, normalise: Callable[[Tensor], Tensor]) -> Tensor:
+    """Logits_NK of a network on a split, in evaluation mode, on the images' device."""
+    was_training = network.training
+    network.eval()
+    parts = [network(normalise(images)).float() for images in split.images_NCHW.split(EVALUATION_BATCH)]
+    network.train(was_training)
+    return torch.cat(parts)
+
+
+def accuracy(logits_NK: Tensor, labels_N: Tensor) -> float:
+    """Share of images whose largest logit is that of their label."""
+    return float((logits_NK.argmax(1) == labels_N).float().mean())
+
+
+class Run:
+    """One training run, on this process's share of the batches."""
+
+    def __init__(self, recipe: Recipe, dataset: data.Dataset, out: Path, *, seed: int, bf16: bool, device: str) -> None:
+        """Set up without training.
+
+        Args:
+            recipe: What to do.
+            dataset: On which images.
+            out: Folder for checkpoint.pt, record.jsonl and TensorBoard's events.
+            seed: Of weights, order, augmentation and masks.
+            bf16: Mixed precision.
+            device: "cpu", "cuda", …
+
+        Raises:
+            TrainingError: if the images are fewer than one batch, or the batch does not divide among the processes.
+        """
+        self.rank, self.n_processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if len(dataset.train) < recipe.batch_size:
+            raise TrainingError(f"{len(dataset.train)} training images do not fill one batch of {recipe.batch_size}")
+        if recipe.batch_size % self.n_processes:
+            raise TrainingError(f"a batch of {recipe.batch_size} does not divide among {self.n_processes} processes")
+        self.recipe, self.seed, self.bf16, self.out = recipe, seed, bf16, out
+        self.device = torch.device(device)
+        self.net = build(recipe, dataset, seed).to(self.device, memory_format=torch.channels_last)
+        self.dataset = dataset.to(self.device)
+        self.size = self.dataset.train.images_NCHW.shape[2]
+        self.padded_NCHW = data.pad(self.dataset.train.images_NCHW, MARGIN)
+        self.optimiser = _optimiser(self.net, recipe)
+        objective = _Objective(self.net, recipe)
+        # Dropped paths leave parameters without a gradient, the same ones in every process.
+        self.objective = (
+            DistributedDataParallel(objective, find_unused_parameters=True) if self.n_processes > 1 else objective
+        )
+        self.epoch, self.seconds = 0, 0.0
+        self.n_steps = len(dataset.train) // recipe.batch_size
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the last finished epoch is kept."""
+        return self.out / "checkpoint.pt"
+
+    def resume(self) -> None:
+        """Go on from the checkpoint in the run's folder.
+
+        Raises:
+            TrainingError: if there is none, or it is of another recipe, dataset or seed.
+        """
+        kept = Checkpoint.load(self.checkpoint)
+        theirs, ours = (kept.recipe, kept.dataset, kept.seed), (self.recipe, self.dataset.name, self.seed)
+        if theirs != ours:
+            raise TrainingError(f"{self.checkpoint} is of another run ({theirs}): use its settings, or another --out")
+        self.net.load_state_dict(kept.model)
+        self.optimiser.load_state_dict(kept.optimiser)
+        self.epoch, self.seconds = kept.epoch, kept.seconds
+
+    def save(self) -> None:
+        """Keep the state after the last finished epoch."""
+        Checkpoint(
+            recipe=self.recipe,
+            architecture=self.net.architecture,
+            dataset=self.dataset.name,
+            labels=self.dataset.labels,
+            mean_C=self.dataset.mean_C.cpu(),
+            std_C=self.dataset.std_C.cpu(),
+            seed=self.seed,
+            epoch=self.epoch,
+            seconds=self.seconds,
+            model=self.net.state_dict(),
+            optimiser=self.optimiser.state_dict(),
+        ).save(self.checkpoint)
+
+    def train_epoch(self, progress: Callable[[float], None] = lambda loss: None) -> float:
+        """Train one epoch and return its mean loss.
+
+        Raises:
+            TrainingError: if the loss is no longer a number.
+        """
+        started_s = time.monotonic()
+        self.net.train()
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        # Dropout draws from torch's own generator: other masks in each process.
+        torch.manual_seed((self.seed * 1_000_003 + self.epoch) * 1009 + self.rank)
+        total = 0.0
+        rows_of_step = data.batches(len(self.dataset.train), self.recipe.batch_size, generator)
+        for step, rows in enumerate(rows_of_step):
+            rate = learning_rate(self.recipe, (self.epoch + step / self.n_steps) / self.recipe.epochs)
+            for group in self.optimiser.param_groups:
+                group["lr"] = rate
+            images_NCHW, labels_N = self._batch(rows, generator)
+            parts = sample_parts(self.recipe, self.net.architecture, generator)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                loss = self.objective(images_NCHW, labels_N, parts)
+            value = float(loss.detach()) / len(parts)
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the loss became {value} in epoch {self.epoch + 1}: lower --learning-rate; "
+                    f"{self.checkpoint} still holds the last good epoch, if there was one"
+                )
+            self.optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimiser.step()
+            total += value
+            progress(value)
+        self.epoch += 1
+        self.seconds += time.monotonic() - started_s
+        return total / self.n_steps
+
+    def _batch(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """This process's share of a batch, augmented and normalised. All processes draw for the whole batch alike."""
+        mirrored = data.flips(rows, self.epoch, self.recipe.flip, generator)
+        rows = rows.to(self.device)
+        images = data.shift_and_flip(self.padded_NCHW[rows], self.size, mirrored, generator)
+        mine = slice(self.rank, None, self.n_processes)
+        normalised = self.dataset.normalise(images[mine]).contiguous(memory_format=torch.channels_last)
+        return normalised, self.dataset.train.labels_N[rows[mine]]
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out accuracy of each column and of the joined net."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return {
+                name: accuracy(
+                    logits(network, self.dataset.held_out, self.dataset.normalise), self.dataset.held_out.labels_N
+                )
+                for name, network in self.net.networks().items()
+            }
+
+
+def _about_this_machine() -> dict[str, Any]:
+    def commit() -> str:
+        try:
+            command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return "unknown"
+
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "numpy")}
+    return {"commit": commit(), "packages": packages, "python": sys.version.split()[0], "cpu_count": os.cpu_count()}
+
+
+@contextmanager
+def _finishing_the_epoch_on_ctrl_c(stop: threading.Event) -> Iterator[None]:
+    """The first Ctrl-C ends the run after the checkpoint before it; a second one ends it at once."""
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Interrupted(Exception):
+    pass
+
+
+def train(run: Run) -> None:
+    """Train to the end of the recipe, keeping a checkpoint and a line of record after every epoch.
+
+    Ctrl-C stops between two batches; the checkpoint of the last finished epoch stays, and resuming repeats the epoch
+    that was cut.
+
+    Raises:
+        TrainingError: see `Run.train_epoch` and `Checkpoint.save`.
+        KeyboardInterrupt: after Ctrl-C.
+    """
+    stop = threading.Event()
+    lead = run.rank == 0
+    run.out.mkdir(parents=True, exist_ok=True)
+    writer: AbstractContextManager[SummaryWriter | None] = SummaryWriter(str(run.out)) if lead else nullcontext()
+    bar = tqdm(total=run.recipe.epochs * run.n_steps, initial=run.epoch * run.n_steps, unit="batch", disable=not lead)
+
+    def on_step(loss: float) -> None:
+        bar.update()
+        bar.set_postfix_str(f"epoch {run.epoch + 1}/{run.recipe.epochs} loss {loss:.3f} {seen}", refresh=False)
+        if stop.is_set():
+            raise _Interrupted
+
+    seen = ""
+    with _finishing_the_epoch_on_ctrl_c(stop), writer as board, bar:
+        while run.epoch < run.recipe.epochs:
+            try:
+                loss = run.train_epoch(on_step)
+            except _Interrupted:
+                raise KeyboardInterrupt from None
+            if not lead:
+                continue
+            reached = run.evaluate()
+            seen = " ".join(f"{name}:{100 * value:.1f}" for name, value in reached.items())
+            run.save()
+            _record(run, {"epoch": run.epoch, "loss": loss, "held_out_accuracy": reached, "seconds": run.seconds})
+            if board is not None:
+                board.add_scalar("loss", loss, run.epoch)
+                for name, value in reached.items():
+                    board.add_scalar(f"held_out_accuracy/{name}", value, run.epoch)
+
+
+def _record(run: Run, line: dict[str, Any]) -> None:
+    try:
+        with (run.out / "record.jsonl").open("a") as record:
+            record.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise TrainingError(f"{run.out / 'record.jsonl'} cannot be written ({error})") from error
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m model.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", choices=RECIPES, default="anytime")
+    parser.add_argument("--dataset", choices=("cifar10", "cifar100", "svhn", "folder"), default="cifar10")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with the data, or to download it into")
+    parser.add_argument("--size", type=int, default=32, help="pixels to which the pictures of a folder are brought")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint and record")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--limit", type=int, help="use only the first so many training images (to try things out)")
+    for name, kind in (("architecture", str), ("epochs", int), ("batch-size", int), ("learning-rate", float)):
+        parser.add_argument(f"--{name}", type=kind, help="instead of the recipe's")
+    return parser.parse_args(argv)
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    overridable = ("architecture", "epochs", "batch_size", "learning_rate")
+    given = {name: value for name in overridable if (value := getattr(options, name)) is not None}
+    return dataclasses.replace(RECIPES[options.recipe], **given)
+
+
+def _prepare(options: argparse.Namespace) -> Run:
+    recipe = _recipe(options)
+    dataset = data.load(options.dataset, options.data, size=options.size, seed=options.seed)
+    if options.limit:
+        dataset = dataclasses.replace(dataset, train=dataset.train[: options.limit])
+    bf16 = options.precision == "bf16"
+    run = Run(recipe, dataset, options.out, seed=options.seed, bf16=bf16, device=options.device)
+    if options.resume:
+        run.resume()
+    elif run.checkpoint.exists():
+        raise TrainingError(f"{run.checkpoint} exists: --resume to go on with it, or another --out")
+    return run
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train as the command line says; the exit code is 0, 1 (could not), or 130 (Ctrl-C)."""
+    options = _arguments(argv)
+    if "WORLD_SIZE" in os.environ:  # started by torchrun
+        dist.init_process_group("nccl" if options.device.startswith("cuda") else "gloo")
+        if options.device == "cuda":
+            options.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        run = _prepare(options)
+        if run.rank == 0:
+            run.out.mkdir(parents=True, exist_ok=True)
+            settings = {"recipe": dataclasses.asdict(run.recipe), "seed": run.seed, "dataset": options.dataset}
+            _record(run, {**settings, "resumed_at": run.epoch, "precision": options.precision, **_about_this_machine()})
+        train(run)
+    except (TrainingError, data.DataError, ValueError) as error:
+        print(f"model.train: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"model.train: stopped; --resume --out {options.out} goes on from the last full epoch", file=sys.stderr)
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
