@@ -1,0 +1,118 @@
+# Everything a person does here. Each target makes what it needs; `make` alone lists them.
+#
+# Settings, all optional:  PYTHON=/path/to/python3.12   ARGS="--budget-ms 5"   UPGRADE=1 (lock only)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+LOCKER := uv==0.13.9
+CPU_TORCH := https://download.pytorch.org/whl/cpu
+say = @printf '%s\n' "==> $(1)"
+
+.PHONY: help
+help: ## list the targets
+	@printf 'make TARGET [ARGS="..."], where TARGET is one of\n\n'
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
+	@printf '\nThe first call sets everything up in %s; nothing is written outside this folder.\n' '$(VENV)'
+
+# ---- set-up: one environment, grown as targets need it ----
+
+# A name that is found may still not run (a pyenv shim for a version that is not active), so each candidate is tried.
+$(VENV)/made:
+	@python=; \
+	for candidate in $(if $(PYTHON),"$(PYTHON)",python3.11 python3.12 python3.13 python3 python); do \
+	    if "$$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; \
+	    then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	    echo "$(if $(PYTHON),$(PYTHON) is not a working Python 3.11 to 3.13,No working Python 3.11 to 3.13 was found): \
+	install one (https://www.python.org/downloads/) or name it, as in 'make $(firstword $(MAKECMDGOALS)) PYTHON=/path/to/python3.11'." >&2; \
+	    exit 1; \
+	fi; \
+	if ! "$$python" -c 'import ensurepip, venv' >/dev/null 2>&1; then \
+	    echo "$$python cannot make virtual environments: install its venv module \
+	(on Debian and Ubuntu: 'apt install python3-venv'), or name another Python with PYTHON=." >&2; \
+	    exit 1; \
+	fi; \
+	echo "==> Making $(VENV) with $$("$$python" --version) ($$python)."; \
+	rm -rf $(VENV) && "$$python" -m venv $(VENV) && touch $@
+
+$(VENV)/serve: $(VENV)/made pyproject.toml constraints.txt
+	$(call say,Installing what serving needs into $(VENV). The first time this downloads about 300 MB and takes a minute or two.)
+	@$(PIP_INSTALL) -e '.[serve]'
+	@touch $@
+
+$(VENV)/all: $(VENV)/made pyproject.toml constraints.txt
+	$(call say,Installing everything - serving$(,) training$(,) load tests$(,) development - into $(VENV). The first time takes some minutes.)
+	@if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1; then \
+	    echo "    No NVIDIA driver here: 'PIP_EXTRA_INDEX_URL=$(CPU_TORCH) make ...' saves about 3 GB of CUDA libraries."; \
+	fi
+	@$(PIP_INSTALL) -e '.[serve,train,load,dev]'
+	@touch $@ $(VENV)/serve
+
+# ---- use ----
+
+.PHONY: serve train export evaluate
+serve: $(VENV)/serve ## start the server (needs no torch); ARGS go to python -m service
+	$(call say,Starting the server: it loads the model$(,) measures this machine for a few seconds and says when it is ready. Ctrl-C stops it.)
+	@exec $(PY) -m service $(ARGS)
+
+train: $(VENV)/all ## train a network; ARGS go to python -m model.train
+	$(call say,Training.)
+	@exec $(PY) -m model.train $(ARGS)
+
+export: $(VENV)/all ## turn a checkpoint into an artifact; ARGS go to python -m model.export
+	$(call say,Exporting.)
+	@exec $(PY) -m model.export $(ARGS)
+
+evaluate: $(VENV)/all ## measure accuracy and cost of every rung; ARGS go to python -m model.evaluate
+	$(call say,Evaluating.)
+	@exec $(PY) -m model.evaluate $(ARGS)
+
+# ---- proof ----
+
+.PHONY: test check faults
+test: $(VENV)/all ## run the tests; ARGS go to pytest
+	$(call say,Running the tests.)
+	@$(PY) -m pytest $(ARGS)
+
+check: $(VENV)/all ## check format, lint, types and the import rules
+	$(call say,Checking the format.)
+	@$(VENV)/bin/ruff format --check .
+	$(call say,Linting.)
+	@$(VENV)/bin/ruff check .
+	$(call say,Checking types.)
+	@$(VENV)/bin/mypy
+	$(call say,Checking that imports point one way.)
+	@$(VENV)/bin/lint-imports
+
+faults: $(VENV)/all ## break the code on purpose, line by line of tests/faults.txt: the tests must notice
+	$(call say,Breaking a copy of the code on purpose; every fault must make its tests fail.)
+	@$(PY) tests/faults.py $(ARGS)
+
+# ---- upkeep ----
+
+.PHONY: format lock clean
+format: $(VENV)/all ## rewrite the source in the project's format
+	@$(VENV)/bin/ruff check --fix --exit-zero --quiet .
+	@$(VENV)/bin/ruff format .
+
+lock: $(VENV)/made ## renew constraints.txt from pyproject.toml; UPGRADE=1 takes the newest versions
+	$(call say,Resolving the exact version of every dependency for every platform.)
+	@$(PY) -m pip install --quiet --disable-pip-version-check $(LOCKER)
+	@grep -v '^#' constraints.txt > $(VENV)/pins.txt
+	@$(VENV)/bin/uv pip compile --quiet --no-config --default-index https://pypi.org/simple $(if $(UPGRADE),--upgrade) \
+	    --universal --python-version 3.11 --all-extras --no-header --no-annotate -o $(VENV)/pins.txt pyproject.toml >/dev/null
+	@grep '^#' constraints.txt > $(VENV)/lock.txt && cat $(VENV)/pins.txt >> $(VENV)/lock.txt
+	@cp $(VENV)/lock.txt constraints.txt
+	$(call say,Done. 'git diff constraints.txt' shows what changed.)
+
+clean: ## remove the environment and every tool's cache; data sets, runs and artifacts stay
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+, := ,
