@@ -1,0 +1,237 @@
+"""What the project promises about itself: import rules that bite, repeatable installs, true documents."""
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("model", "service", "loadtests")
+DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
+
+
+# ---- the import rules ----
+
+SKELETON = {
+    "model": ("__init__", "fractalnet", "train"),
+    "loadtests": ("__init__", "arrivals"),
+    "service": (
+        *("__init__", "__main__", "api", "oip", "profiling", "engine"),
+        *("inference", "metrics", "scheduling", "errors", "settings", "decoding"),
+    ),
+}
+
+
+def lint(tree: Path, **extra: str) -> subprocess.CompletedProcess[str]:
+    """Run this project's import rules on a tree of empty modules with one line added to some of them."""
+    (tree / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
+    for package, modules in SKELETON.items():
+        (tree / package).mkdir()
+        for module in modules:
+            (tree / package / f"{module}.py").write_text(extra.get(f"{package}.{module}", ""))
+    command = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(cache_dir=None))"
+    return subprocess.run(
+        [sys.executable, "-c", command], cwd=tree, capture_output=True, text=True, check=False, timeout=50
+    )
+
+
+def test_the_import_rules_allow_the_way_the_layers_point(tmp_path: Path) -> None:
+    linted = lint(
+        tmp_path,
+        **{
+            "service.__main__": "import service.api, service.oip, service.profiling, uvicorn",
+            "service.api": "import service.engine, service.decoding, fastapi",
+            "service.engine": "import service.inference, service.metrics, asyncio",
+            "service.inference": "import service.errors, onnxruntime, numpy",
+            "service.scheduling": "import collections, dataclasses, math",
+            "model.train": "import torch, onnx, model.fractalnet",
+        },
+    )
+
+    assert linted.returncode == 0, linted.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "imported"),
+    [
+        ("model.train", "service.errors"),
+        ("model.train", "loadtests.arrivals"),
+        ("service.api", "model.fractalnet"),
+        ("service.api", "loadtests.arrivals"),
+        ("loadtests.arrivals", "model.train"),
+        ("loadtests.arrivals", "service.scheduling"),
+        ("service.inference", "torch"),
+        ("service.decoding", "torchvision"),
+        ("service.inference", "onnx"),
+        ("service.scheduling", "asyncio"),
+        ("service.scheduling", "time"),
+        ("service.scheduling", "numpy"),
+        ("service.scheduling", "fastapi"),
+        ("service.scheduling", "onnxruntime"),
+        ("service.scheduling", "prometheus_client"),
+        ("service.api", "service.__main__"),
+        ("service.engine", "service.api"),
+        ("service.engine", "service.oip"),
+        ("service.engine", "service.profiling"),
+        ("service.metrics", "service.engine"),
+        ("service.errors", "service.metrics"),
+        ("service.scheduling", "service.inference"),
+    ],
+)
+def test_the_import_rules_refuse(tmp_path: Path, module: str, imported: str) -> None:
+    linted = lint(tmp_path, **{module: f"import {imported}"})
+
+    assert linted.returncode == 1
+    assert re.search(rf"{re.escape(module)} -> {re.escape(imported)} ", linted.stdout), linted.stdout
+
+
+# ---- the installation ----
+
+
+def extras() -> dict[str, list[str]]:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        return dict(tomllib.load(file)["project"]["optional-dependencies"])
+
+
+def pins() -> dict[str, SpecifierSet]:
+    """What constraints.txt says for this platform, by canonical name."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    parsed = [Requirement(line) for line in lines if not line.startswith("#")]
+    return {
+        canonicalize_name(pin.name): pin.specifier
+        for pin in parsed
+        if pin.marker is None or pin.marker.evaluate()
+    }
+
+
+def closure(roots: list[str]) -> set[str]:
+    """Every distribution that installing these requirements brings to this platform."""
+    waiting, seen = [Requirement(root) for root in roots], set[tuple[str, str]]()
+    while waiting:
+        requirement = waiting.pop()
+        for extra in ("", *requirement.extras):
+            key = (canonicalize_name(requirement.name), extra)
+            if key in seen or not (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+                continue
+            seen.add(key)
+            for line in importlib.metadata.requires(requirement.name) or []:
+                needed = Requirement(line)
+                if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                    needed.marker = None
+                    waiting.append(needed)
+    return {name for name, _ in seen}
+
+
+@pytest.mark.parametrize("extra", ["serve", "train", "load", "dev"])
+def test_every_package_that_an_extra_brings_is_pinned_and_installed_as_pinned(extra: str) -> None:
+    pinned = pins()
+
+    brought = closure(extras()[extra])
+
+    assert brought - set(pinned) == set()
+    assert {name for name in brought if importlib.metadata.version(name) not in pinned[name]} == set()
+
+
+def test_constraints_are_exact() -> None:
+    assert all(re.fullmatch(r"==[0-9][0-9a-z.]*", str(specifier)) for specifier in pins().values())
+
+
+def test_serving_installs_no_training_stack() -> None:
+    assert (
+        closure(extras()["serve"]) & {"torch", "torchvision", "onnx", "onnxscript", "locust", "matplotlib"}
+        == set()
+    )
+
+
+def test_training_installs_no_web_server() -> None:
+    assert (
+        closure(extras()["train"]) & {"fastapi", "starlette", "uvicorn", "locust", "prometheus-client"}
+        == set()
+    )
+
+
+# ---- the documents ----
+
+
+def written_files() -> list[Path]:
+    """Every file that people write, as far as it is text."""
+    folders = (*PACKAGES, "tests", "deploy", "docs", ".ci")
+    found = [path for path in ROOT.iterdir() if path.is_file()]
+    found += [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    binary = {".onnx", ".png", ".jpg", ".webp", ".pyc", ".gif", ".ico", ".pdf"}
+    return [path for path in found if path.suffix not in binary]
+
+
+def test_no_file_knows_the_machine_it_was_written_on() -> None:
+    somebodys = re.compile(r"(?<![\w.$}-])/(?:home|root|work|Users|tmp)/\w|file:/{3}")
+
+    found = {
+        f"{path.relative_to(ROOT)}: {match.group()}"
+        for path in written_files()
+        for match in somebodys.finditer(path.read_text(encoding="utf-8"))
+    }
+
+    assert found == set()
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, ".ci/run"])
+def test_every_make_target_that_is_named_exists(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    code = [text] if name == ".ci/run" else re.findall(r"```.*?```|`[^`\n]+`", text, re.DOTALL)
+
+    named = {target for piece in code for target in re.findall(r"\bmake ([a-z]+)", piece)}
+
+    assert named - make_targets() == set()
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_link_to_a_file_leads_somewhere(name: str) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", (ROOT / name).read_text(encoding="utf-8"))
+
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
+def test_continuous_integration_proves_what_a_contributor_proves() -> None:
+    commands = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+    assert {"test", "check", "faults"} <= set(re.findall(r"^ *make ([a-z]+)", commands, re.MULTILINE))
+
+
+def test_the_changelog_speaks_of_this_version() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        version = tomllib.load(file)["project"]["version"]
+
+    assert re.search(
+        rf"^## \[(?:Unreleased|{re.escape(version)})\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
+    )
+
+
+# ---- the words ----
+
+
+def test_no_module_or_class_has_a_name_that_says_nothing() -> None:
+    empty_module = re.compile(r"utils?|common|base|helpers?|misc")
+    empty_class = re.compile(r"\w*(?:Manager|Handler|Helper|Util|Utils|Base|Data|Info)")
+    sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+
+    modules = [path.name for path in sources if empty_module.fullmatch(path.stem)]
+    classes = [
+        f"{path.name}: {node.name}"
+        for path in sources
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef) and empty_class.fullmatch(node.name)
+    ]
+
+    assert modules + classes == []
