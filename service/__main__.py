@@ -1,0 +1,124 @@
+"""`python -m service`: prepare everything, say where it listens, serve until told to stop.
+
+Exits 2 with one sentence when a setting or the artifact is at fault.
+"""
+
+import logging
+import socket
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import uvicorn
+
+from service import inference, profiling, settings
+from service.api import Service
+from service.inference import ArtifactError
+from service.settings import Settings, SettingsError
+
+logger = logging.getLogger("service")
+
+BACKLOG = 2048
+"""Connections that wait to be accepted; beyond it the system turns callers away."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn, but the service drains first: uvicorn alone would wait for requests that nobody settles."""
+
+    def __init__(self, config: uvicorn.Config, app: Service) -> None:
+        super().__init__(config)
+        self._app = app
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Settle every request, then close the connections."""
+        logger.info("Stopping: no new requests; those in progress are being settled.")
+        await self._app.drain()
+        await super().shutdown(sockets)
+
+
+def prepare(chosen: Settings) -> Service:
+    """Load, verify, warm up and measure.
+
+    Raises:
+        ArtifactError: the artifact or the provider cannot be used.
+    """
+    loaded = inference.load(
+        chosen.artifact,
+        provider=chosen.provider,
+        intra_op_threads=chosen.intra_op_threads,
+        batch_sizes=chosen.batch_sizes,
+    )
+    thread = ThreadPoolExecutor(1, "inference")
+    thread.submit(loaded.warm_up, chosen.batch_sizes).result()
+    manifest = loaded.manifest
+    logger.info(
+        "%s version %s: %d labels, %d columns, running on %s.",
+        *(manifest.name, manifest.version, len(manifest.labels), len(manifest.rungs), loaded.provider),
+    )
+    profile = profiling.recall_or_measure(
+        loaded,
+        thread,
+        batch_sizes=chosen.batch_sizes,
+        quantile=chosen.profile_quantile,
+        seconds=chosen.profile_seconds,
+        intra_op_threads=chosen.intra_op_threads,
+        cache=chosen.profile_cache,
+    )
+    for rung in manifest.rungs:
+        latency = profile.latency(rung.column, 1)
+        logger.info(
+            "  column %s: %4.1f %% right on held-out images, %.2f ms for one image (%g %% of runs within %.2f ms)",
+            *(rung.column, rung.accuracy * 100, latency.median_s * 1e3),
+            *(chosen.profile_quantile * 100, latency.high_s * 1e3),
+        )
+    return Service(chosen, loaded, thread, profile)
+
+
+def listen(chosen: Settings) -> socket.socket:
+    """Open the listening socket.
+
+    Raises:
+        SettingsError: the address cannot be listened on.
+    """
+    family = socket.AF_INET6 if ":" in chosen.host else socket.AF_INET
+    try:
+        return socket.create_server((chosen.host, chosen.port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise SettingsError(
+            f"Cannot listen on {chosen.host} port {chosen.port} ({error.strerror}): "
+            "choose another with ANYTIME_HOST and ANYTIME_PORT."
+        ) from error
+
+
+def main(arguments: list[str]) -> int:
+    """Serve; returns the exit status."""
+    try:
+        chosen = settings.load(arguments)
+        logging.basicConfig(level=chosen.log_level.upper(), format="%(levelname)-7s %(message)s")
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        app = prepare(chosen)
+        listener = listen(chosen)
+    except (SettingsError, ArtifactError) as error:
+        print(f"service: {error}", file=sys.stderr)
+        return 2
+    host = f"[{chosen.host}]" if ":" in chosen.host else chosen.host
+    url = f"http://{host}:{listener.getsockname()[1]}"
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        server_header=False,
+        limit_concurrency=chosen.max_connections,
+        timeout_graceful_shutdown=max(1, round(chosen.drain_timeout_s)),
+    )
+    logger.info("Ready at %s (documentation at %s/docs). Try:", url, url)
+    logger.info("  curl -F image=@picture.jpg '%s/predict?budget_ms=%g'", url, chosen.default_budget_ms)
+    try:
+        Server(config, app).run(sockets=[listener])
+    except KeyboardInterrupt:
+        pass  # uvicorn raises it again after it has shut down
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,191 @@
+"""From the bytes of a request to one image of the network's size. Every bound on what may come in is here.
+
+Must not know of deadlines or queues. Nothing is decoded before its size is known to be within bounds.
+"""
+
+import asyncio
+import base64
+import binascii
+import io
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import TypeVar
+
+import numpy as np
+import orjson
+import python_multipart
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from python_multipart.exceptions import FormParserError
+
+from service.errors import Malformed, TooLarge, UnsupportedType
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp")
+TYPES = (*IMAGE_TYPES, "multipart/form-data", "application/octet-stream", "application/json")
+
+INLINE_BYTES = 32 * 1024
+INLINE_PIXELS = 128 * 128
+"""Smaller pictures are decoded on the event loop. A 32 x 32 PNG takes some 0.1 ms and a hop to a thread and back 0.05 to
+0.1 ms; at these bounds a picture takes about half a millisecond, the longest the loop should stand still."""
+
+JPEG_SCALE_MARGIN = 4
+"""A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, at least this many times the network's: those scales are block
+means too, so the box filter's answer hardly moves, and a 12-megapixel photograph decodes several times faster."""
+
+Result = TypeVar("Result")
+
+
+class Decoder:
+    """Turns request bodies into images of one size.
+
+    Args:
+        height: Of the network's input.
+        width: Of the network's input.
+        max_pixels: Largest picture, judged by its header.
+        threads: Decodes large pictures.
+    """
+
+    def __init__(self, *, height: int, width: int, max_pixels: int, threads: Executor) -> None:
+        self._height = height
+        self._width = width
+        self._max_pixels = max_pixels
+        self._threads = threads
+
+    async def decode(self, content_type: str, body: bytes) -> NDArray[np.uint8]:
+        """Make the image_HWC that a body describes.
+
+        Raises:
+            UnsupportedType: the Content-Type, or what is really inside, is none of `TYPES`.
+            Malformed: the body is not what its Content-Type says, or the picture is cut short.
+            TooLarge: the picture has too many pixels.
+
+        Cost: about 0.1 ms for a 32 x 32 PNG; large pictures keep the event loop free.
+        """
+        media_type = content_type.partition(";")[0].strip().lower()
+        if media_type == "application/octet-stream":
+            return self._raw(body)
+        is_small = len(body) <= INLINE_BYTES
+        picture = await self._do(is_small, lambda: self._open(media_type, content_type, body))
+        is_small = is_small and picture.width * picture.height <= INLINE_PIXELS
+        return await self._do(is_small, lambda: self._fit(picture))
+
+    async def _do(self, is_small: bool, work: Callable[[], Result]) -> Result:
+        return work() if is_small else await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def _raw(self, body: bytes) -> NDArray[np.uint8]:
+        shape = (self._height, self._width, 3)
+        if len(body) != self._height * self._width * 3:
+            raise Malformed(
+                f"Raw pixels must be exactly {shape[0]} x {shape[1]} x 3 = {self._height * self._width * 3} bytes, "
+                f"row by row, but {len(body)} came: resize the picture or send it as PNG, JPEG or WebP."
+            )
+        return np.frombuffer(body, np.uint8).reshape(shape)
+
+    def _open(self, media_type: str, content_type: str, body: bytes) -> Image.Image:
+        """Read the header only: format and size are known, no pixel is."""
+        if media_type == "multipart/form-data":
+            body = _multipart_image(content_type, body)
+        elif media_type == "application/json":
+            body = _json_image(body)
+        elif media_type not in IMAGE_TYPES:
+            raise UnsupportedType(
+                f"Content-Type is {media_type or 'missing'}: use one of {', '.join(TYPES)}."
+            )
+        if not body:
+            raise Malformed("The picture is empty: send the bytes of a PNG, JPEG or WebP file.")
+        try:
+            picture = Image.open(io.BytesIO(body), formats=FORMATS)
+        except UnidentifiedImageError as error:
+            raise UnsupportedType(
+                "The content is no PNG, JPEG or WebP picture: convert it to one of them."
+            ) from error
+        except Image.DecompressionBombError as error:
+            raise TooLarge(f"The picture has more than {self._max_pixels} pixels: scale it down.") from error
+        except Exception as error:  # noqa: BLE001 - Pillow raises many kinds for a damaged header
+            raise Malformed(f"The picture's header cannot be read ({error}): send the file whole.") from error
+        if picture.width * picture.height > self._max_pixels:
+            raise TooLarge(
+                f"The picture is {picture.width} x {picture.height}; at most {self._max_pixels} pixels are taken: "
+                "scale it down."
+            )
+        return picture
+
+    def _fit(self, picture: Image.Image) -> NDArray[np.uint8]:
+        """Decode, orient and bring to the network's size: the largest centred part of its shape, box-filtered."""
+        try:
+            if picture.format == "JPEG":
+                margin = JPEG_SCALE_MARGIN * max(self._height, self._width)
+                scale = margin / min(picture.size)
+                picture.draft("RGB", (round(picture.width * scale), round(picture.height * scale)))
+            picture.load()
+            picture = _as_rgb(ImageOps.exif_transpose(picture))
+        except Exception as error:  # noqa: BLE001 - Pillow raises many kinds for damaged content
+            raise Malformed(f"The picture cannot be decoded ({error}): send the file whole.") from error
+        if picture.size != (self._width, self._height):
+            scale = min(picture.width / self._width, picture.height / self._height)
+            crop_width, crop_height = self._width * scale, self._height * scale
+            left, top = (picture.width - crop_width) / 2, (picture.height - crop_height) / 2
+            picture = picture.resize(
+                (self._width, self._height),
+                Image.Resampling.BOX if scale > 1 else Image.Resampling.BICUBIC,
+                box=(left, top, left + crop_width, top + crop_height),
+            )
+        return np.asarray(picture)
+
+
+def _as_rgb(picture: Image.Image) -> Image.Image:
+    """Transparency is laid on white; 16-bit grey keeps its upper byte, where Pillow alone would cut all bright to white."""
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _json_image(body: bytes) -> bytes:
+    example = '{"image": "<base64 of a PNG, JPEG or WebP file>"}'
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise Malformed(f"The body is no JSON ({error}): send {example}.") from error
+    if (
+        not isinstance(document, dict)
+        or document.keys() != {"image"}
+        or not isinstance(document["image"], str)
+    ):
+        raise Malformed(f"The JSON must have the one field `image`, a string: send {example}.")
+    try:
+        return base64.b64decode(document["image"], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Malformed(f"`image` is no base64 ({error}): send {example}.") from error
+
+
+def _multipart_image(content_type: str, body: bytes) -> bytes:
+    found: list[bytes] = []
+
+    def take(
+        part: python_multipart.multipart.FileProtocol | python_multipart.multipart.FieldProtocol,
+    ) -> None:
+        if part.field_name != b"image":
+            return
+        if isinstance(part, python_multipart.multipart.File):
+            part.file_object.seek(0)
+            found.append(part.file_object.read())
+        elif isinstance(part, python_multipart.multipart.Field):
+            found.append(part.value or b"")
+
+    headers = {"Content-Type": content_type.encode("latin-1")}
+    try:
+        python_multipart.parse_form(headers, io.BytesIO(body), take, take)
+    except (FormParserError, ValueError) as error:
+        raise Malformed(
+            f"The form cannot be read ({error}): send multipart/form-data with a boundary."
+        ) from error
+    if len(found) != 1:
+        raise Malformed(
+            f"The form has {len(found)} fields `image` where one is needed: try curl -F image=@cat.jpg."
+        )
+    return found[0]

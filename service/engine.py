@@ -1,0 +1,357 @@
+"""Owns the queue: runs what the policy decides, one batch at a time, and settles every request exactly once.
+
+Must not know of HTTP or images' encodings. All methods belong to the event loop's thread; only the run itself happens
+elsewhere. There is no loop that could die: each arrival, each end of a run and each timer calls `_advance` once.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service import scheduling
+from service.errors import Expired, Outcome, Rejected, Stopped
+from service.inference import Inference
+from service.scheduling import Ladder, LatencyProfile, StoppedBy, Ticket
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One record of a request's life, built once when it is settled.
+
+    `outcome` is `answered` here even if the answer then turns out late: only the edge sees the last byte leave.
+    `probabilities_K`, `columns_run` and `stopped_by` are given exactly for an answer.
+    """
+
+    outcome: Outcome
+    arrived_s: float
+    deadline_s: float
+    settled_s: float
+    queue_s: float
+    inference_s: float
+    columns_run: tuple[str, ...] = ()
+    probabilities_K: NDArray[np.float32] | None = None
+    stopped_by: StoppedBy | None = None
+
+
+class Cancellable(Protocol):
+    """A timer that has not fired."""
+
+    def cancel(self) -> None:
+        """Do not fire."""
+
+
+class Processor(Protocol):
+    """What runs columns. Runs never overlap: the engine starts one when the one before has ended."""
+
+    def start(
+        self, column: str, images_HWC: Sequence[NDArray[np.uint8]]
+    ) -> asyncio.Future[NDArray[np.float32]]:
+        """Begin a run; never raises.
+
+        The future holds logits_NK, one finite row per image in the same order, or what the run raised.
+        """
+
+    def combine(
+        self, columns_run: tuple[str, ...], logits_K: Sequence[NDArray[np.float32]]
+    ) -> NDArray[np.float32]:
+        """Probabilities of one image from the logits of the columns that ran on it, shallow first."""
+
+
+class InferenceThread:
+    """The processor that ships: one thread in front of `Inference`."""
+
+    def __init__(self, inference: Inference, thread: ThreadPoolExecutor) -> None:
+        self._inference = inference
+        self._thread = thread
+        self.combine = inference.combine
+
+    def start(
+        self, column: str, images_HWC: Sequence[NDArray[np.uint8]]
+    ) -> asyncio.Future[NDArray[np.float32]]:
+        """Begin a run in the thread."""
+        return asyncio.get_running_loop().run_in_executor(self._thread, self._run, column, images_HWC)
+
+    def _run(self, column: str, images_HWC: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        return self._inference.run(column, np.stack(images_HWC))
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Request(Ticket):
+    """A ticket with what only the engine needs. Await `settled`; everything else is the engine's own."""
+
+    image_HWC: NDArray[np.uint8]
+    arrived_s: float
+    deadline_s: float
+    waiting_since_s: float
+    settled: asyncio.Future[Served]
+    timer: Cancellable | None = None
+    logits_K: list[NDArray[np.float32]] = field(default_factory=list)
+    probabilities_K: NDArray[np.float32] | None = None
+    queue_s: float = 0.0
+    inference_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    column: str
+    batch: tuple[Request, ...]
+    started_s: float
+    busy_until_s: float
+
+
+class Engine:
+    """The queue of one artifact.
+
+    Args:
+        processor: Runs the columns.
+        profile: Latency by column and batch size [s].
+        ladder: Accuracy by combination of columns.
+        clock: Monotonic time [s]; every `_s` below is on it.
+        call_at: Calls back at a time on that clock.
+        observe_run: Told column, number of images and duration of every run.
+        reserve_s: Kept free of every budget for building and writing the answer [s].
+        max_waiting: Requests in here at once.
+        jitter: A factor for each retry time, so that rejected callers do not all return at once.
+    """
+
+    def __init__(
+        self,
+        processor: Processor,
+        profile: LatencyProfile,
+        ladder: Ladder,
+        *,
+        clock: Callable[[], float],
+        call_at: Callable[[float, Callable[[], None]], Cancellable],
+        observe_run: Callable[[str, int, float], None],
+        reserve_s: float,
+        max_waiting: int,
+        jitter: Callable[[], float] = partial(random.uniform, 1.0, 1.5),
+    ) -> None:
+        self._processor = processor
+        self._profile = profile
+        self._ladder = ladder
+        self._clock = clock
+        self._call_at = call_at
+        self._observe_run = observe_run
+        self._reserve_s = reserve_s
+        self._max_waiting = max_waiting
+        self._jitter = jitter
+        self._waiting: dict[Request, None] = {}  # a set that keeps its order
+        self._running: _Run | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._is_stopping = False
+
+    @property
+    def is_stopping(self) -> bool:
+        """No request is taken in any more."""
+        return self._is_stopping
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests in here that are not running."""
+        return len(self._waiting)
+
+    def check_admission(self, deadline_s: float) -> None:
+        """Find out, before anything is spent on a request, whether it would be taken in now.
+
+        Raises:
+            Stopped: the server is stopping.
+            Expired: the deadline has passed.
+            Rejected: not even the shallowest column can be had in time.
+        """
+        if self._is_stopping:
+            raise Stopped("This server is stopping: send the request again, another one will take it.")
+        now_s = self._clock()
+        if now_s >= deadline_s:
+            raise Expired("The budget was used up before the picture was here: grant more or send it faster.")
+        admission = scheduling.admit(
+            deadline_s - self._reserve_s,
+            now_s,
+            self._running.busy_until_s if self._running else now_s,
+            tuple(self._waiting),
+            self._profile,
+            self._ladder,
+        )
+        n_inside = len(self._waiting) + (len(self._running.batch) if self._running else 0)
+        if n_inside >= self._max_waiting:
+            raise Rejected(
+                f"{n_inside} requests are being served: retry later.",
+                admission.retry_after_s * self._jitter(),
+            )
+        if not admission.is_accepted:
+            raise Rejected(
+                f"An answer would take about {(admission.needs_s + self._reserve_s) * 1e3:.2f} ms from now and "
+                f"{(deadline_s - now_s) * 1e3:.2f} ms are left: grant a larger budget or retry later.",
+                admission.retry_after_s * self._jitter(),
+            )
+
+    def submit(
+        self,
+        image_HWC: NDArray[np.uint8],
+        *,
+        arrived_s: float,
+        deadline_s: float,
+        min_confidence: float | None = None,
+    ) -> Request:
+        """Take a request in; its `settled` will hold what became of it.
+
+        Raises:
+            Problem: as `check_admission`.
+
+        Cancellation: call `leave`, whatever the reason.
+        """
+        self.check_admission(deadline_s)
+        request = Request(
+            ready_by_s=deadline_s - self._reserve_s,
+            min_confidence=min_confidence,
+            image_HWC=image_HWC,
+            arrived_s=arrived_s,
+            deadline_s=deadline_s,
+            waiting_since_s=self._clock(),
+            settled=asyncio.get_running_loop().create_future(),
+        )
+        request.timer = self._call_at(request.ready_by_s, partial(self._ready_or_never, request))
+        self._waiting[request] = None
+        self._advance()
+        return request
+
+    def leave(self, request: Request) -> None:
+        """The caller has gone: cost nothing more. A run in progress goes on for its neighbours."""
+        self._settle(request, "disconnected")
+
+    async def stop(self, timeout_s: float) -> None:
+        """Settle everyone: running answers go out, waiting requests get what they have or `stopped`.
+
+        Args:
+            timeout_s: How long to wait for the run in progress. After it, its requests count as waiting.
+        """
+        self._is_stopping = True
+        self._advance()
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            logger.warning("A run did not end within %.1f s of stopping: its requests are let go.", timeout_s)
+        if self._running:
+            for request in self._running.batch:
+                self._settle_with_what_there_is(request, "stopped")
+
+    def _advance(self) -> None:
+        """Settle who is done and start the next run, if none is in progress."""
+        if self._is_stopping:
+            for request in tuple(self._waiting):
+                self._settle_with_what_there_is(request, "stopped")
+        if self._running or not self._waiting:
+            return
+        now_s = self._clock()
+        try:
+            plan = scheduling.plan(tuple(self._waiting), now_s, self._profile, self._ladder)
+        except Exception:  # noqa: BLE001 - a fault in the policy may fail requests but must not leave them hanging
+            logger.exception("The policy failed; the waiting requests are let go.")
+            for request in tuple(self._waiting):
+                self._settle_with_what_there_is(request, "failed")
+            return
+        for request, reason in plan.finished:
+            self._settle(request, "answered", reason)
+        if plan.column is not None:
+            self._start(plan.column, plan.batch, now_s)
+
+    def _start(self, column: str, batch: tuple[Request, ...], now_s: float) -> None:
+        for request in batch:
+            del self._waiting[request]
+            request.queue_s += now_s - request.waiting_since_s
+        predicted = self._profile.latency(column, len(batch))
+        self._running = _Run(column, batch, now_s, now_s + predicted.high_s)
+        self._idle.clear()
+        images_HWC = [request.image_HWC for request in batch]
+        self._processor.start(column, images_HWC).add_done_callback(partial(self._finish, self._running))
+
+    def _finish(self, run: _Run, done: asyncio.Future[NDArray[np.float32]]) -> None:
+        """Take in the end of a run, good or bad, and go on."""
+        now_s = self._clock()
+        elapsed_s = now_s - run.started_s
+        self._running = None
+        self._idle.set()
+        self._observe_run(run.column, len(run.batch), elapsed_s)
+        alone = self._profile.latency(run.column, 1).median_s
+        together = self._profile.latency(run.column, len(run.batch)).median_s
+        for request in self._waiting:
+            request.lost_s += _overlap_s(request, run, now_s)
+        for request in run.batch:
+            request.inference_s += elapsed_s
+            request.lost_s += elapsed_s * max(0.0, 1 - alone / together)
+            request.waiting_since_s = now_s
+        try:
+            logits_NK = done.result()
+            for request, logits_K in zip(run.batch, logits_NK, strict=True):
+                if not request.settled.done():
+                    self._take_in(request, run.column, logits_K)
+        except (Exception, asyncio.CancelledError):  # noqa: BLE001 - whatever a run raises fails this run alone
+            logger.exception("A run of column %s for %d images failed.", run.column, len(run.batch))
+            for request in run.batch:
+                self._settle_with_what_there_is(request, "failed")
+        self._advance()
+
+    def _take_in(self, request: Request, column: str, logits_K: NDArray[np.float32]) -> None:
+        columns_run = (*request.columns_run, column)
+        request.logits_K.append(logits_K)
+        request.probabilities_K = self._processor.combine(columns_run, request.logits_K)
+        request.confidence = float(request.probabilities_K.max())
+        request.columns_run = columns_run
+        self._waiting[request] = None
+
+    def _ready_or_never(self, request: Request) -> None:
+        """The last moment has come: send what there is. Column 1 in progress goes on, its answer will be late."""
+        if request in self._waiting and self._running:
+            request.lost_s += _overlap_s(request, self._running, self._clock())
+        if request.columns_run or request in self._waiting:
+            self._settle_with_what_there_is(request, "expired")
+
+    def _settle_with_what_there_is(self, request: Request, otherwise: Outcome) -> None:
+        if request.columns_run:
+            reason = scheduling.stopped_by(request, self._clock(), self._profile, self._ladder)
+            self._settle(request, "answered", reason)
+        else:
+            self._settle(request, otherwise)
+
+    def _settle(self, request: Request, outcome: Outcome, stopped_by: StoppedBy | None = None) -> None:
+        """The only place where a request ends. Harmless for one that has ended already."""
+        now_s = self._clock()
+        if request.timer:
+            request.timer.cancel()
+        if request in self._waiting:
+            del self._waiting[request]
+            request.queue_s += now_s - request.waiting_since_s
+        elif self._running and request in self._running.batch:
+            request.inference_s += now_s - self._running.started_s
+        if request.settled.done():
+            return
+        is_answered = outcome == "answered"
+        request.settled.set_result(
+            Served(
+                outcome=outcome,
+                arrived_s=request.arrived_s,
+                deadline_s=request.deadline_s,
+                settled_s=now_s,
+                queue_s=request.queue_s,
+                inference_s=request.inference_s,
+                columns_run=request.columns_run if is_answered else (),
+                probabilities_K=request.probabilities_K if is_answered else None,
+                stopped_by=stopped_by,
+            )
+        )
+
+
+def _overlap_s(request: Request, run: _Run, now_s: float) -> float:
+    """How long a waiting request has stood still because of this run."""
+    return now_s - max(run.started_s, request.waiting_since_s)

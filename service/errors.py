@@ -1,0 +1,116 @@
+"""Every way a request can go wrong, each with its status, its title and what the caller can do.
+
+Knows nothing of HTTP frameworks: the edge (`api`) turns a `Problem` into RFC 9457 `application/problem+json`.
+"""
+
+import math
+from typing import ClassVar, Literal, get_args
+
+Outcome = Literal["answered", "late", "rejected", "expired", "failed", "stopped", "disconnected", "invalid"]
+"""How a request ended. `late` was answered after its deadline; `invalid` was the caller's fault (4xx)."""
+
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+
+
+class Problem(Exception):
+    """A request that gets no prediction.
+
+    The detail is one sentence for the caller: what was wrong and what to do about it.
+    """
+
+    status: ClassVar[int]
+    title: ClassVar[str]
+    outcome: ClassVar[Outcome] = "invalid"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.detail = detail
+
+    @property
+    def type(self) -> str:
+        """URI of the problem type: the same for every request that fails in this way."""
+        return "urn:anytime:problem:" + self.title.lower().replace(" ", "-")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Response headers that belong to this problem."""
+        return {}
+
+
+class Malformed(Problem):
+    status, title = 400, "Malformed request"
+
+
+class NotFound(Problem):
+    status, title = 404, "Not found"
+
+
+class MethodNotAllowed(Problem):
+    status, title = 405, "Method not allowed"
+
+    def __init__(self, detail: str, allowed: str) -> None:
+        super().__init__(detail)
+        self.allowed = allowed
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"allow": self.allowed}
+
+
+class BodyTimeout(Problem):
+    status, title = 408, "Body too slow"
+
+
+class TooLarge(Problem):
+    status, title = 413, "Too large"
+
+
+class UnsupportedType(Problem):
+    status, title = 415, "Unsupported media type"
+
+
+class OutOfRange(Problem):
+    status, title = 422, "Parameter out of range"
+
+
+class Rejected(Problem):
+    """Not even the shallowest column can be had in time.
+
+    Args:
+        detail: One sentence for the caller.
+        retry_after_s: When to come again [s from now], computed from the backlog and jittered by the engine.
+    """
+
+    status, title = 429, "Not in time"
+    outcome: ClassVar[Outcome] = "rejected"
+
+    def __init__(self, detail: str, retry_after_s: float) -> None:
+        super().__init__(detail)
+        self.retry_after_s = retry_after_s
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """`Retry-After` counts whole seconds and never 0; `retry-after-ms` says it as finely as it is known."""
+        return {
+            "retry-after": str(max(1, math.ceil(self.retry_after_s))),
+            "retry-after-ms": str(max(1, math.ceil(self.retry_after_s * 1000))),
+        }
+
+
+class Failed(Problem):
+    status, title = 500, "Inference failed"
+    outcome: ClassVar[Outcome] = "failed"
+
+
+class Stopped(Problem):
+    status, title = 503, "Not serving"
+    outcome: ClassVar[Outcome] = "stopped"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"retry-after": "1"}
+
+
+class Expired(Problem):
+    status, title = 504, "Deadline passed"
+    outcome: ClassVar[Outcome] = "expired"

@@ -1,0 +1,372 @@
+"""From an artifact folder to verified, warmed-up onnxruntime sessions, and from images to probabilities.
+
+Must not know of requests, deadlines or HTTP. Nothing of an artifact is executed but its ONNX graphs.
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol, Self
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from service.scheduling import Ladder
+
+logger = logging.getLogger(__name__)
+
+INPUT_NAME, OUTPUT_NAME = "images_NHWC", "logits_NK"
+N_WARM_UP_RUNS = 3
+"""The first run of a shape allocates and, on CUDA, chooses algorithms; the second may still grow the arena."""
+
+
+class ArtifactError(Exception):
+    """The artifact, or the provider asked for, cannot be used; one sentence says what to do."""
+
+
+class InferenceError(Exception):
+    """A run gave no usable logits: their shape or their values were wrong."""
+
+
+def _plain_file_name(name: str) -> str:
+    if name in {"", ".", ".."} or any(mark in name for mark in "/\\:\0"):
+        raise ValueError("must be the plain name of a file in the artifact's own folder")
+    return name
+
+
+Accuracy = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Part(BaseModel):
+    """A part of the manifest: no value is converted, none is changed, unknown ones are for newer readers."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+
+class InputSpec(_Part):
+    """The images that the graphs take."""
+
+    height: int = Field(ge=1, le=4096)
+    width: int = Field(ge=1, le=4096)
+    channels: Literal[3]
+    dtype: Literal["uint8"]
+    layout: Literal["NHWC"]
+    resize: Literal["area-crop"]
+
+
+class Rung(_Part):
+    """One column's graph with its measured accuracy and cost."""
+
+    column: str = Field(pattern=r"^[A-Za-z0-9_-]{1,32}$")
+    file: Annotated[str, AfterValidator(_plain_file_name)]
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    depth: int = Field(ge=1)
+    parameters: int = Field(ge=0)
+    macs: int = Field(ge=0)
+    accuracy: Accuracy
+
+
+class Combination(_Part):
+    """How the logits of some columns become one answer, and how accurate that is on held-out images."""
+
+    columns: tuple[str, ...] = Field(min_length=1, strict=False)
+    weights: tuple[float, ...] = Field(strict=False)
+    bias: tuple[float, ...] = Field(strict=False)
+    temperature: float = Field(gt=0)
+    accuracy: Accuracy
+
+
+class Manifest(_Part):
+    """manifest.json, as far as serving needs it."""
+
+    format: Literal[1]
+    name: str = Field(min_length=1)
+    version: str = Field(min_length=1)
+    created: datetime = Field(strict=False)
+    source: dict[str, Any] = {}
+    labels: tuple[str, ...] = Field(min_length=2, strict=False)
+    input: InputSpec
+    rungs: tuple[Rung, ...] = Field(min_length=1, strict=False)
+    combinations: tuple[Combination, ...] = Field(strict=False)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        columns = [rung.column for rung in self.rungs]
+        if len(set(columns)) < len(columns) or len({rung.file for rung in self.rungs}) < len(columns):
+            raise ValueError("two rungs share a column or a file")
+        for combination in self.combinations:
+            places = [columns.index(column) for column in combination.columns if column in columns]
+            key = "+".join(combination.columns)
+            if len(places) < len(combination.columns) or places != sorted(set(places)):
+                raise ValueError(f"combination {key} is no increasing choice of the rungs' columns")
+            if len(combination.weights) != len(combination.columns):
+                raise ValueError(f"combination {key} needs one weight per column")
+            if len(combination.bias) not in {1, len(self.labels)}:
+                raise ValueError(f"combination {key} needs one bias per label, or a single one")
+        if singles := set(columns) - {c.columns[0] for c in self.combinations if len(c.columns) == 1}:
+            raise ValueError(f"column {min(singles)} has no combination of its own")
+        return self
+
+    def ladder(self) -> Ladder:
+        """What the policy needs to know: columns and the held-out accuracy of each combination."""
+        return Ladder(
+            [rung.column for rung in self.rungs], {c.columns: c.accuracy for c in self.combinations}
+        )
+
+
+class Session(Protocol):
+    """The one method of `onnxruntime.InferenceSession` that a run needs."""
+
+    def run(self, output_names: list[str], inputs: dict[str, NDArray[np.uint8]], /) -> Sequence[Any]:
+        """Compute the named outputs."""
+
+
+class Inference:
+    """The columns of one artifact, ready to run. One run at a time: not safe for several threads.
+
+    Args:
+        manifest: Verified description of the artifact.
+        sessions: One session per column of the manifest.
+        provider: What the sessions run on.
+        sha256: Of manifest.json: names this very artifact, because it holds the hashes of all other files.
+        padded_sizes: Batch sizes to pad up to, so that CUDA sees only warmed-up shapes; empty: no padding.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        sessions: Mapping[str, Session],
+        *,
+        provider: Literal["cpu", "cuda"],
+        sha256: str,
+        padded_sizes: Sequence[int] = (),
+    ) -> None:
+        self.manifest = manifest
+        self.provider = provider
+        self.sha256 = sha256
+        self.depth = {rung.column: rung.depth for rung in manifest.rungs}
+        self._sessions = sessions
+        self._padded_sizes = tuple(padded_sizes)
+        self._combinations = {
+            c.columns: (
+                np.array(c.weights, dtype=np.float32) / np.float32(c.temperature),
+                np.array(c.bias, dtype=np.float32),
+            )
+            for c in manifest.combinations
+        }
+
+    def run(self, column: str, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Run one column; returns logits_NK, one row per image in the same order.
+
+        Raises:
+            InferenceError: the logits have another shape than asked for, or are not finite.
+        """
+        n = len(images_NHWC)
+        padded = next((size for size in self._padded_sizes if size >= n), n)
+        if padded > n:
+            images_NHWC = np.concatenate(
+                [images_NHWC, np.zeros((padded - n, *images_NHWC.shape[1:]), np.uint8)]
+            )
+        logits_NK: NDArray[np.float32] = self._sessions[column].run([OUTPUT_NAME], {INPUT_NAME: images_NHWC})[
+            0
+        ]
+        if logits_NK.shape != (padded, len(self.manifest.labels)):
+            raise InferenceError(
+                f"column {column} gave logits of shape {logits_NK.shape} for {padded} images"
+            )
+        if not np.isfinite(logits_NK).all():
+            raise InferenceError(f"column {column} gave logits that are not finite")
+        return logits_NK[:n]
+
+    def combine(
+        self, columns_run: tuple[str, ...], logits_K: Sequence[NDArray[np.float32]]
+    ) -> NDArray[np.float32]:
+        """Probabilities of one image from the logits of the columns that ran on it, shallow first.
+
+        Source: geometric ensemble, softmax(sum_j w_j log_softmax(z_j) / T + b), fitted at export. A combination that
+        the manifest lacks is answered by its deepest column alone.
+        """
+        if columns_run not in self._combinations:
+            columns_run, logits_K = columns_run[-1:], logits_K[-1:]
+        weights, bias = self._combinations[columns_run]
+        logits_CK = np.stack(logits_K)
+        shifted_CK = logits_CK - logits_CK.max(axis=1, keepdims=True)
+        log_p_CK = shifted_CK - np.log(np.exp(shifted_CK).sum(axis=1, keepdims=True))
+        mixed_K = weights @ log_p_CK + bias
+        odds_K = np.exp(mixed_K - mixed_K.max())
+        probabilities_K: NDArray[np.float32] = odds_K / odds_K.sum()
+        return probabilities_K
+
+    def warm_up(self, batch_sizes: Sequence[int]) -> None:
+        """Run every column at every batch size, so that no request pays for a first time.
+
+        To be called in the thread that will serve: CUDA keeps its handles per thread.
+
+        Raises:
+            ArtifactError: a graph cannot be run or gives no usable logits.
+        """
+        spec = self.manifest.input
+        for column in self._sessions:
+            for size in batch_sizes:
+                images_NHWC = np.zeros((size, spec.height, spec.width, spec.channels), np.uint8)
+                try:
+                    for _ in range(N_WARM_UP_RUNS):
+                        self.run(column, images_NHWC)
+                except Exception as error:  # onnxruntime's own exceptions have no public base class
+                    raise ArtifactError(
+                        f"Column {column} cannot be run on {size} images ({error}): export the artifact again."
+                    ) from error
+
+
+def load(
+    folder: Path,
+    *,
+    provider: Literal["auto", "cpu", "cuda"],
+    intra_op_threads: int,
+    batch_sizes: Sequence[int],
+) -> Inference:
+    """Verify an artifact and open its sessions; `warm_up` then makes them ready.
+
+    Args:
+        folder: The artifact: manifest.json and the ONNX files it names.
+        provider: `cuda` never falls back to the CPU; `auto` does, and says so.
+        intra_op_threads: Threads within one run on the CPU.
+        batch_sizes: On CUDA every batch is padded to one of them.
+
+    Raises:
+        ArtifactError: a file is missing, altered or not what the manifest says, or CUDA was asked for and does not work.
+
+    Cost: reads and hashes every file and optimises every graph; tenths of a second.
+    """
+    manifest, sha256 = read_manifest(folder)
+    graphs = {rung.column: _verified_bytes(folder, rung) for rung in manifest.rungs}
+    chosen = _choose_provider(provider)
+    try:
+        sessions = _open_sessions(manifest, graphs, chosen, intra_op_threads)
+    except _CudaUnavailable as error:
+        if provider == "cuda":
+            raise ArtifactError(
+                f"CUDA was asked for but onnxruntime {onnxruntime.__version__} cannot use it ({error}): "
+                "check the driver and the CUDA and cuDNN libraries it needs, or set ANYTIME_PROVIDER=cpu."
+            ) from error
+        logger.warning("A GPU is present but onnxruntime cannot use it (%s): running on the CPU.", error)
+        chosen = "cpu"
+        sessions = _open_sessions(manifest, graphs, chosen, intra_op_threads)
+    return Inference(
+        manifest,
+        sessions,
+        provider=chosen,
+        sha256=sha256,
+        padded_sizes=batch_sizes if chosen == "cuda" else (),
+    )
+
+
+def read_manifest(folder: Path) -> tuple[Manifest, str]:
+    """Read and check manifest.json; returns it with the SHA-256 of its bytes.
+
+    Raises:
+        ArtifactError: it is missing, or some value in it is refused.
+    """
+    path = folder / "manifest.json"
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(
+            f"No artifact in {folder} ({error.strerror} for manifest.json): set ANYTIME_ARTIFACT to an exported folder."
+        ) from error
+    try:
+        return Manifest.model_validate_json(text), hashlib.sha256(text).hexdigest()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the whole"
+        raise ArtifactError(
+            f"{path} is not a usable manifest ({place}: {first['msg']}): export it again."
+        ) from error
+
+
+def _verified_bytes(folder: Path, rung: Rung) -> bytes:
+    """The very bytes that were hashed are the ones that run: the file is read once."""
+    path = folder / rung.file
+    try:
+        graph = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} of column {rung.column} cannot be read ({error.strerror}): copy the whole artifact folder again."
+        ) from error
+    if hashlib.sha256(graph).hexdigest() != rung.sha256:
+        raise ArtifactError(
+            f"{path} is not the file its manifest describes (SHA-256 differs): copy or export it again."
+        )
+    return graph
+
+
+class _CudaUnavailable(Exception):
+    """A session that was to run on CUDA does not."""
+
+
+def _choose_provider(asked: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+    """What to try. onnxruntime lists CUDA wherever it was compiled in, so `auto` also looks for a device."""
+    if asked != "auto":
+        return asked
+    has_device = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+    return (
+        "cuda" if has_device and "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "cpu"
+    )
+
+
+def _open_sessions(
+    manifest: Manifest, graphs: Mapping[str, bytes], provider: Literal["cpu", "cuda"], intra_op_threads: int
+) -> dict[str, Session]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = intra_op_threads if provider == "cpu" else 1
+    options.inter_op_num_threads = 1
+    # Spinning threads steal the cores that decode and answer requests.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    providers: list[object] = ["CPUExecutionProvider"]
+    if provider == "cuda":
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            raise _CudaUnavailable("this onnxruntime was built without CUDA")
+        if hasattr(onnxruntime, "preload_dlls"):
+            onnxruntime.preload_dlls()  # finds the CUDA libraries of pip's nvidia-* packages
+        # HEURISTIC: the default, EXHAUSTIVE, takes 0.3-1.3 s per new shape (PaddleX PR #5057).
+        providers.insert(0, ("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"}))
+    sessions: dict[str, Session] = {}
+    for rung in manifest.rungs:
+        try:
+            session = onnxruntime.InferenceSession(graphs[rung.column], options, providers=providers)
+        except Exception as error:  # onnxruntime's own exceptions have no public base class
+            raise ArtifactError(
+                f"{rung.file} is no graph that onnxruntime can load ({error}): export it again."
+            ) from error
+        if provider == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
+            raise _CudaUnavailable(f"the session runs on {session.get_providers()[0]}")
+        _check_graph(session, rung, manifest)
+        sessions[rung.column] = session
+    return sessions
+
+
+def _check_graph(session: Any, rung: Rung, manifest: Manifest) -> None:
+    spec = manifest.input
+    for kind, nodes, name, dtype, shape in (
+        (
+            "input",
+            session.get_inputs(),
+            INPUT_NAME,
+            "tensor(uint8)",
+            [spec.height, spec.width, spec.channels],
+        ),
+        ("output", session.get_outputs(), OUTPUT_NAME, "tensor(float)", [len(manifest.labels)]),
+    ):
+        found = [(node.name, node.type, list(node.shape)) for node in nodes]
+        is_right = len(found) == 1 and found[0][:2] == (name, dtype) and found[0][2][1:] == shape
+        if not is_right or isinstance(found[0][2][0], int):
+            raise ArtifactError(
+                f"{rung.file} must have the one {kind} {name}, {dtype} [N, {', '.join(map(str, shape))}] with N free, "
+                f"but has {found}: export it again."
+            )

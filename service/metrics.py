@@ -1,0 +1,103 @@
+"""What Prometheus may ask: every request by outcome, and where its time went.
+
+Must not know of HTTP or of the policy. Labels come from closed sets and exist from the start, so that a rate over a
+series is right from its first event.
+"""
+
+from collections.abc import Callable, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+
+from service.errors import OUTCOMES, Outcome
+from service.scheduling import STOPPED_BY, StoppedBy
+
+LATENCY_BUCKETS_S = (
+    *(0.0001, 0.0002, 0.0003, 0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075),
+    *(0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 1.0, 10.0),
+)
+BUDGET_SHARE_BUCKETS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.5, 2.0, 5.0)
+
+
+class Metrics:
+    """All metrics of one server in a registry of its own.
+
+    Args:
+        columns: Columns of the artifact, shallow first.
+        batch_sizes: Profiled batch sizes; a batch counts under the next one up.
+        n_waiting: Asked at each scrape.
+        build: What is being run: version, artifact, provider.
+    """
+
+    def __init__(
+        self,
+        *,
+        columns: Sequence[str],
+        batch_sizes: Sequence[int],
+        n_waiting: Callable[[], int],
+        build: dict[str, str],
+    ) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "anytime_requests", "Requests to /predict by how they ended", ["outcome"], registry=self.registry
+        )
+        self._latency_s = Histogram(
+            "anytime_latency_seconds",
+            "From a request's arrival to the last byte of its answer, answered or late",
+            buckets=LATENCY_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._budget_share = Histogram(
+            "anytime_latency_over_budget_ratio",
+            "Latency divided by the caller's budget, answered or late",
+            buckets=BUDGET_SHARE_BUCKETS,
+            registry=self.registry,
+        )
+        self._answers = Counter(
+            "anytime_answers",
+            "Answers by deepest column and by what ended the refinement",
+            ["column", "stopped_by"],
+            registry=self.registry,
+        )
+        self._inference_s = Histogram(
+            "anytime_inference_seconds",
+            "Time of one run by column and batch size, hand-over to the inference thread included",
+            ["column", "batch"],
+            buckets=LATENCY_BUCKETS_S,
+            registry=self.registry,
+        )
+        waiting = Gauge(
+            "anytime_queue_length", "Requests in the engine that are not running", registry=self.registry
+        )
+        waiting.set_function(n_waiting)
+        Info("anytime_build", "What is being served", registry=self.registry).info(build)
+
+        self._batch_sizes = tuple(batch_sizes)
+        for outcome in OUTCOMES:
+            self._requests.labels(outcome)
+        for column in columns:
+            for stopped_by in STOPPED_BY:
+                self._answers.labels(column, stopped_by)
+            for size in self._batch_sizes:
+                self._inference_s.labels(column, str(size))
+
+    def count_request(self, outcome: Outcome) -> None:
+        """Count one request to /predict that got no prediction."""
+        self._requests.labels(outcome).inc()
+
+    def count_answer(
+        self, *, outcome: Outcome, column: str, stopped_by: StoppedBy, latency_s: float, budget_s: float
+    ) -> None:
+        """Count one request to /predict that got a prediction, in time or late."""
+        self._requests.labels(outcome).inc()
+        self._answers.labels(column, stopped_by).inc()
+        self._latency_s.observe(latency_s)
+        self._budget_share.observe(latency_s / budget_s)
+
+    def observe_run(self, column: str, n_images: int, run_s: float) -> None:
+        """Record one run of a column."""
+        size = next(size for size in self._batch_sizes if size >= n_images)
+        self._inference_s.labels(column, str(size)).observe(run_s)
+
+    def exposition(self) -> bytes:
+        """Everything in the text format that Prometheus scrapes."""
+        return generate_latest(self.registry)

@@ -1,0 +1,192 @@
+"""Everything an operator can set, from environment variables with the prefix ANYTIME_.
+
+Each description says what a larger or smaller value does. Knows nothing of the rest of the service.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict
+
+PREFIX = "ANYTIME_"
+
+
+class SettingsError(Exception):
+    """A setting is refused; the message is one sentence that names it and says what to do."""
+
+
+def embedded_artifact() -> Path:
+    """The artifact that ships beside this package, found by its place so that `model` is never imported."""
+    return Path(__file__).resolve().parent.parent / "model" / "pretrained"
+
+
+def platform_cache() -> Path:
+    """Where this platform keeps files that may be deleted at any time."""
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "anytime"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "anytime"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anytime"
+
+
+class Settings(BaseSettings):
+    """One frozen record of every setting; `load` reads it from the environment."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", cli_kebab_case=True, cli_prog_name="python -m service"
+    )
+
+    artifact: Path = Field(
+        default_factory=embedded_artifact,
+        description="Folder with manifest.json and one ONNX file per column.",
+    )
+    host: str = Field(
+        "127.0.0.1", description="Address to listen on; 0.0.0.0 opens the service to the network."
+    )
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 lets the system choose one.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Lower levels say more; no level logs single requests or their contents."
+    )
+
+    default_budget_ms: float = Field(
+        50.0, gt=0, description="Budget of a request that names none. Larger: deeper, slower answers."
+    )
+    min_budget_ms: float = Field(
+        0.1,
+        gt=0,
+        description="Smallest budget taken; below it 422. Smaller: more requests end in 429 instead.",
+    )
+    max_budget_ms: float = Field(
+        10_000.0,
+        gt=0,
+        description="Largest budget taken; above it 422. Larger: a request may hold its place in the queue longer.",
+    )
+    overhead_reserve_ms: float = Field(
+        0.4,
+        ge=0,
+        description="Part of each budget kept for waking up, building and writing the answer. Larger: fewer late "
+        "answers, less time for deeper columns.",
+    )
+    write_reserve_ms: float = Field(
+        0.1,
+        ge=0,
+        description="Part of the above that comes after `deadline_met` is decided. Larger: answers sent in the last "
+        "moment are called late more readily; smaller: one might be called met and be written too late.",
+    )
+    max_waiting: int = Field(
+        512,
+        ge=1,
+        description="Requests in the engine at once; above it 429. Larger: more memory, slower planning.",
+    )
+
+    max_body_bytes: int = Field(
+        1 << 20,
+        ge=1,
+        description="Largest request body; above it 413. Larger: bigger photographs, more memory.",
+    )
+    max_pixels: int = Field(
+        16_000_000,
+        ge=1,
+        description="Largest picture, judged before it is decoded; above it 413. Larger: each may cost 3 bytes a "
+        "pixel and some 10 ns a pixel.",
+    )
+    body_timeout_s: float = Field(
+        10.0,
+        gt=0,
+        description="How long a body may take to arrive; above it 408. Larger: slow callers hold connections longer.",
+    )
+    max_connections: int = Field(
+        1024, ge=1, description="Connections and requests at once; above it 503 at once. Larger: more memory."
+    )
+    decode_threads: int = Field(
+        2,
+        ge=1,
+        description="Threads that decode large pictures. Larger: more at once, fewer cores for inference.",
+    )
+
+    provider: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="Where to run: `cuda` refuses to start without a GPU, `auto` takes one if it works.",
+    )
+    intra_op_threads: int = Field(
+        1,
+        ge=1,
+        description="Threads within one run on a CPU. Larger: faster on idle cores, erratic when anything else runs.",
+    )
+    batch_sizes: Annotated[tuple[int, ...], NoDecode] = Field(
+        (1, 2, 4, 8),
+        description="Batch sizes that are warmed up and measured, e.g. `1,2,4,8`. Larger ones: more throughput where "
+        "batching pays (GPUs), longer start-up.",
+    )
+    profile_seconds: float = Field(
+        3.0,
+        gt=0,
+        description="Time for measuring latencies at start-up. Larger: steadier predictions, later ready.",
+    )
+    profile_quantile: float = Field(
+        0.95,
+        gt=0.5,
+        lt=1,
+        description="The high quantile of measured latencies that admission trusts. Larger: fewer late answers, more 429.",
+    )
+    profile_cache: Path | None = Field(
+        default_factory=platform_cache,
+        description="Folder for measured latencies, so that a restart need not measure again; empty disables it.",
+    )
+    drain_timeout_s: float = Field(
+        5.0,
+        ge=0,
+        description="How long a run in progress may take to end when stopping. Larger: slower restarts.",
+    )
+
+    @field_validator("batch_sizes", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @field_validator("batch_sizes")
+    @classmethod
+    def _ascending_from_one(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value or value[0] != 1 or list(value) != sorted(set(value)):
+            raise ValueError("must start at 1 and ascend, e.g. 1,2,4,8")
+        return value
+
+    @field_validator("profile_cache", mode="before")
+    @classmethod
+    def _empty_disables(cls, value: object) -> object:
+        return None if value == "" else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.min_budget_ms <= self.default_budget_ms <= self.max_budget_ms:
+            raise ValueError("min_budget_ms <= default_budget_ms <= max_budget_ms must hold")
+        if self.write_reserve_ms > self.overhead_reserve_ms:
+            raise ValueError("write_reserve_ms is a part of overhead_reserve_ms and cannot exceed it")
+        return self
+
+
+def load(arguments: Sequence[str] = ()) -> Settings:
+    """Read the settings from command line options (`--port 8001`), which win, and the environment.
+
+    Raises:
+        SettingsError: a variable is unknown or a value is refused; the sentence names it and says what is wrong.
+        SystemExit: `--help` was asked for, or an option is unknown (status 2).
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    unknown = sorted(
+        name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in known
+    )
+    if unknown:
+        raise SettingsError(
+            f"Unknown setting {', '.join(unknown)}: remove it or correct its name; known are {', '.join(sorted(known))}."
+        )
+    try:
+        return CliApp.run(Settings, cli_args=list(arguments))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = PREFIX + str(first["loc"][0]).upper() if first["loc"] else "The settings"
+        raise SettingsError(f"{name}: {first['msg']} (was {first['input']!r}).") from error
