@@ -1,24 +1,24 @@
 """Labelled images: CIFAR-10, CIFAR-100, SVHN in their official files, or a folder of pictures per class.
 
-Tensors in memory, a held-out split taken from train, seeded batches, augmentation as functions of a generator. Must not
-know networks or recipes.
+Tensors in memory, a held-out split taken from train, seeded batches, augmentation as functions of a
+generator. Must not know networks or recipes.
 """
 
 import hashlib
+import http.client
 import io
 import pickle
 import tarfile
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 DOWNLOAD_TIMEOUT_S = 60.0
@@ -84,11 +84,17 @@ class Dataset:
 
     def to(self, device: torch.device) -> "Dataset":
         """The same data on a device."""
-        splits = (split.to(device) for split in (self.train, self.held_out, self.test))
-        return Dataset(self.name, self.labels, *splits, self.mean_C.to(device), self.std_C.to(device))
+        return replace(
+            self,
+            train=self.train.to(device),
+            held_out=self.held_out.to(device),
+            test=self.test.to(device),
+            mean_C=self.mean_C.to(device),
+            std_C=self.std_C.to(device),
+        )
 
 
-# --- where it comes from ---------------------------------------------------------------------------------------------
+# ---- where it comes from ----
 
 
 @dataclass(frozen=True)
@@ -126,8 +132,8 @@ def load(name: str, folder: Path, *, size: int = 32, n_held_out: int = 5000, see
     """Read a dataset, downloading it into `folder` where it is missing.
 
     Args:
-        name: "cifar10", "cifar100", "svhn", or "folder": then `folder` holds a folder of pictures per class, or `train`
-            and `test` folders of such; without them a fifth is set aside as test.
+        name: "cifar10", "cifar100", "svhn", or "folder": then `folder` holds a folder of pictures per class,
+            or `train` and `test` folders of such; without them a fifth is set aside as test.
         folder: Where the files are, or shall be.
         size: Height and width to which pictures of a "folder" are brought [pixels].
         n_held_out: Images taken out of train for every choice that is made; a tenth of train at the most.
@@ -156,20 +162,26 @@ def _fetch(file: _File, folder: Path) -> Path:
     path = folder / file.name
     if path.exists():
         return path
-    folder.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(path.suffix + ".part")
     digest = hashlib.md5(usedforsecurity=False)
     try:
-        with urllib.request.urlopen(file.url, timeout=DOWNLOAD_TIMEOUT_S) as source, part.open("wb") as sink:
+        folder.mkdir(parents=True, exist_ok=True)
+        source = urllib.request.urlopen(file.url, timeout=DOWNLOAD_TIMEOUT_S)  # noqa: S310 the URL is a constant
+        with source, part.open("wb") as sink:
             while chunk := source.read(1 << 20):
                 digest.update(chunk)
                 sink.write(chunk)
-    except (urllib.error.URLError, OSError) as error:
-        part.unlink(missing_ok=True)
-        raise DataError(f"{file.url} could not be downloaded ({error}): put {file.name} into {folder}") from error
+    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
+        if folder.is_dir():
+            part.unlink(missing_ok=True)
+        raise DataError(
+            f"{file.url} could not be downloaded ({error}): put {file.name} into {folder}"
+        ) from error
     if digest.hexdigest() != file.md5:
         part.unlink()
-        raise DataError(f"{file.url} is not the official file (md5 {digest.hexdigest()}, should be {file.md5})")
+        raise DataError(
+            f"{file.url} is not the official file (md5 {digest.hexdigest()}, should be {file.md5})"
+        )
     return part.replace(path)
 
 
@@ -189,8 +201,10 @@ class _PlainUnpickler(pickle.Unpickler):
 def _unpickle(path: Path) -> dict[str, Any]:
     try:
         content = _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
-    except (OSError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}): remove it to have it downloaded anew") from error
+    except Exception as error:  # unpickling raises whatever the bytes make it raise
+        raise DataError(
+            f"{path} cannot be read ({error}): remove {path.parent} and its archive to download them anew"
+        ) from error
     if not isinstance(content, dict):
         raise DataError(f"{path} holds no dictionary: it is not the official file")
     return content
@@ -202,29 +216,42 @@ def _read_cifar(
     root = folder / inside
     if not root.is_dir():
         path = _fetch(archive, folder)
+        unpacked = (
+            folder / f"{inside}.part"
+        )  # beside, then renamed: what was cut off is never taken for whole
         try:
             with tarfile.open(path) as tar:
-                tar.extractall(folder, filter="data")
+                tar.extractall(unpacked, filter="data")
+            (unpacked / inside).replace(root)
+            unpacked.rmdir()
         except (tarfile.TarError, OSError, EOFError) as error:
-            raise DataError(f"{path} cannot be unpacked ({error}): remove it to have it downloaded anew") from error
+            raise DataError(
+                f"{path} cannot be unpacked ({error}): remove it to have it downloaded anew"
+            ) from error
     labels_key, names_key = keys
 
     def split(files: list[str]) -> Split:
         parts = [_unpickle(root / file) for file in files]
-        try:
-            images = np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32)
-            labels = [label for part in parts for label in part[labels_key]]
-        except (KeyError, ValueError, TypeError) as error:
-            raise DataError(f"{root} is not in the official form ({error})") from error
+        images = np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32)
+        labels = [label for part in parts for label in part[labels_key]]
         return Split(torch.from_numpy(images), torch.tensor(labels))
 
-    return tuple(_unpickle(root / meta)[names_key]), split(train), split([test])
+    try:
+        return tuple(_unpickle(root / meta)[names_key]), split(train), split([test])
+    except (KeyError, ValueError, TypeError) as error:
+        raise DataError(f"{root} is not in the official form ({error})") from error
 
 
 def _read_cifar10(folder: Path) -> tuple[tuple[str, ...], Split, Split]:
     train = [f"data_batch_{i}" for i in range(1, 6)]
     return _read_cifar(
-        folder, _CIFAR10, "cifar-10-batches-py", train, "test_batch", "batches.meta", ("labels", "label_names")
+        folder,
+        _CIFAR10,
+        "cifar-10-batches-py",
+        train,
+        "test_batch",
+        "batches.meta",
+        ("labels", "label_names"),
     )
 
 
@@ -234,14 +261,14 @@ def _read_cifar100(folder: Path) -> tuple[tuple[str, ...], Split, Split]:
 
 
 def _read_svhn(folder: Path) -> tuple[tuple[str, ...], Split, Split]:
-    from scipy.io import loadmat  # heavy, and needed for this format alone
+    from scipy.io import loadmat  # noqa: PLC0415 heavy, and needed for this format alone
 
     def split(file: _File) -> Split:
         path = _fetch(file, folder)
         try:
             content = loadmat(path)
             images_HWCN, labels = content["X"], content["y"].ravel()
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # loadmat raises whatever the bytes make it raise
             raise DataError(f"{path} is not the official file ({error}): remove it") from error
         images_NCHW = np.ascontiguousarray(images_HWCN.transpose(3, 2, 0, 1))
         return Split(torch.from_numpy(images_NCHW), torch.from_numpy(labels.astype(np.int64) % 10))
@@ -259,7 +286,7 @@ RESIZE = "area-crop"
 
 
 def area_crop(picture: Image.Image, size: int) -> NDArray[np.uint8]:
-    """A picture as [size, size, 3]: upright, on white, its largest centred square, averaged down or enlarged smoothly.
+    """A picture as [size, size, 3]: upright, on white, its largest centred square, averaged down or enlarged.
 
     The manifest names this rule (`RESIZE`), and the server follows it.
     """
@@ -274,7 +301,8 @@ def area_crop(picture: Image.Image, size: int) -> NDArray[np.uint8]:
 
 def _read_folder(folder: Path, size: int, seed: int) -> tuple[tuple[str, ...], Split, Split]:
     halves = (folder / "train", folder / "test")
-    if all(half.is_dir() for half in halves):
+    # Folders inside `train` make it a half: pictures of trains would lie in it themselves.
+    if halves[0].is_dir() and any(path.is_dir() for path in halves[0].iterdir()):
         (labels, train), (test_labels, test) = (_read_classes(half, size) for half in halves)
         if labels != test_labels:
             raise DataError(f"{halves[0]} and {halves[1]} must hold folders of the same names")
@@ -298,20 +326,21 @@ def _read_classes(folder: Path, size: int) -> tuple[tuple[str, ...], Split]:
             try:
                 with Image.open(path) as picture:
                     images.append(area_crop(picture, size))
-            except (OSError, UnidentifiedImageError, ValueError) as error:
+            except Exception as error:  # Pillow raises whatever the bytes make it raise
                 raise DataError(f"{path} is no readable picture ({error}): mend or remove it") from error
             labels.append(index)
     images_NCHW = np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
     return tuple(p.name for p in classes), Split(torch.from_numpy(images_NCHW), torch.tensor(labels))
 
 
-# --- what training sees of it ----------------------------------------------------------------------------------------
+# ---- what training sees of it ----
 
 
 def batches(n: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Row indices of full batches in random order; what does not fill a batch waits for another epoch's order."""
+    """Row indices of full batches in random order; what fills no batch waits for another epoch's order."""
     order = torch.randperm(n, generator=generator)
-    yield from order[: n - n % batch_size].split(batch_size)
+    for start in range(0, n - n % batch_size, batch_size):
+        yield order[start : start + batch_size]
 
 
 def pad(images_NCHW: Tensor, margin: int) -> Tensor:
@@ -323,8 +352,8 @@ def pad(images_NCHW: Tensor, margin: int) -> Tensor:
 def flips(rows: Tensor, epoch: int, how: Flip, generator: torch.Generator) -> Tensor:
     """Which images of a batch to mirror.
 
-    "random" tosses a coin each time. "alternate" tosses it once per image and then takes turns, so that two epochs in a row
-    show both sides of every image (https://github.com/KellerJordan/cifar10-airbench).
+    "random" tosses a coin each time. "alternate" tosses it once per image and then takes turns, so that two
+    epochs in a row show both sides of every image (https://github.com/KellerJordan/cifar10-airbench).
     """
     if how == "random":
         return torch.rand(len(rows), generator=generator) < 0.5

@@ -2,8 +2,8 @@
 
 Pure sampling from a generator: must not know the network, only how many inputs its joins have.
 
-Source: Larsson et al., arXiv 1605.07648, section 3; a mask per join and batch, the mean over the survivors alone and
-one survivor revived at random where all were dropped, as in `fractal_join_layer.cpp` of
+Source: Larsson et al., arXiv 1605.07648, section 3; a mask per join and batch, the mean over the survivors
+alone and one survivor revived at random where all were dropped, as in `fractal_join_layer.cpp` of
 https://github.com/gustavla/fractalnet.
 """
 
@@ -40,7 +40,7 @@ def _choice(n: int, generator: torch.Generator) -> int:
 
 
 def sample_join(n_inputs: int, drop: float, generator: torch.Generator) -> tuple[bool, ...]:
-    """Drop each input of one join with probability `drop`, but never all: then one, uniformly chosen, survives."""
+    """Drop each input of one join with probability `drop`, but never all: then a random one survives."""
     keep = [_uniform(generator) >= drop for _ in range(n_inputs)]
     if not any(keep):
         keep[_choice(n_inputs, generator)] = True
@@ -64,7 +64,9 @@ def sample_global(n_columns: int, generator: torch.Generator) -> Global:
     return Global(1 + _choice(n_columns, generator))
 
 
-def sample(n_blocks: int, n_columns: int, drop: float, local_share: float, generator: torch.Generator) -> Paths:
+def sample(
+    n_blocks: int, n_columns: int, drop: float, local_share: float, generator: torch.Generator
+) -> Paths:
     """Local drop-path with probability `local_share`, else global. The paper mixes half and half."""
     if not 0 <= local_share <= 1:
         raise ValueError(f"the local share must be a probability, not {local_share}")

@@ -1,15 +1,15 @@
 """FractalNet: the expansion rule, the join, and every column as a plain network of its own.
 
-Must not know how masks are drawn (`droppath`), how the network is trained or how it is exported: which paths are
-alive comes in as an argument, so that a forward pass is a function of its inputs and its weights alone.
+Must not know how masks are drawn (`droppath`), how the network is trained or how it is exported: which paths
+are alive comes in as an argument, so that a forward pass is a function of its inputs and its weights alone.
 
 Source: Larsson, Maire, Shakhnarovich, "FractalNet: Ultra-Deep Neural Networks without Residuals", ICLR 2017,
-arXiv 1605.07648; the details (flat mean at a join, a pool on each column before the block's last join, one classifier
-for all columns) as the authors' Caffe generator has them, https://github.com/gustavla/fractalnet.
+arXiv 1605.07648; the details (flat mean at a join, a pool on each column before the block's last join, one
+classifier for all columns) as the authors' Caffe generator has them, https://github.com/gustavla/fractalnet.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -25,8 +25,9 @@ class Stem:
     """What stands before the first block and is shared by all columns.
 
     Attributes:
-        kind: "whiten" is a fixed linear filter bank fitted to the training images (`whitening_filters`), as in
-            https://github.com/KellerJordan/cifar10-airbench; "conv" is a trained convolution with BatchNorm and ReLU.
+        kind: "whiten" is a fixed linear filter bank fitted to the training images (`whitening_filters`), as
+            in https://github.com/KellerJordan/cifar10-airbench; "conv" is a trained convolution with
+            BatchNorm and ReLU.
         width: Channels out.
         kernel: Height and width of the filter [pixels].
         stride: Step of the filter [pixels].
@@ -69,7 +70,9 @@ class Architecture:
 
     def __post_init__(self) -> None:
         if not self.widths or min(self.widths) < 1:
-            raise ValueError(f"widths must name at least one block of at least one channel, not {self.widths}")
+            raise ValueError(
+                f"widths must name at least one block of at least one channel, not {self.widths}"
+            )
         if self.n_columns < 1 or self.n_classes < 2 or self.channels < 1:
             raise ValueError("n_columns and channels must be at least 1, n_classes at least 2")
         if self.dropout and len(self.dropout) != len(self.widths):
@@ -77,26 +80,29 @@ class Architecture:
         step = (self.stem.stride * self.stem.pool if self.stem else 1) * 2 ** len(self.widths)
         if self.size < step:
             raise ValueError(
-                f"images of {self.size} pixels are halved away: this net needs at least {step}; use fewer blocks"
+                f"images of {self.size} pixels are halved away: use at least {step}, or fewer blocks"
             )
 
     def depth(self, column: int) -> int:
         """Trained convolutions on the path through one column."""
-        return len(self.widths) * 2 ** (column - 1) + (self.stem is not None and self.stem.kind == "conv")
+        return len(self.widths) * (1 << (column - 1)) + (self.stem is not None and self.stem.kind == "conv")
 
 
 _CIFAR_DROPOUT = (0.0, 0.1, 0.2, 0.3, 0.4)
 
 PRESETS: dict[str, Architecture] = {
     "cifar-20": Architecture((64, 128, 256, 512, 512), 3, dropout=_CIFAR_DROPOUT),
-    **{f"cifar-deep-{c}": Architecture((16, 32, 64, 128, 128), c, dropout=_CIFAR_DROPOUT) for c in range(1, 7)},
-    # Stem, blocks and columns as the paper gives them (4*8 + 2 = 34 layers); it does not state the widths, which
-    # are those that the third-party prototxts of this net use.
+    **{
+        f"cifar-deep-{c}": Architecture((16, 32, 64, 128, 128), c, dropout=_CIFAR_DROPOUT)
+        for c in range(1, 7)
+    },
+    # Stem, blocks and columns as the paper gives them (4*8 + 2 = 34 layers); it does not state the widths,
+    # which are those that the third-party prototxts of this net use.
     "imagenet-34": Architecture(
         (128, 256, 512, 1024), 4, n_classes=1000, size=224, stem=Stem("conv", 64, kernel=7, stride=2, pool=2)
     ),
-    # Ours, for a good answer at little cost: the stem keeps all of a 4x4 patch at half the resolution, so that no
-    # convolution runs at 32x32, where a deadline is spent on the least.
+    # Ours, for a good answer at little cost: the stem keeps all of a 4x4 patch at half the resolution, so
+    # that no convolution runs at 32x32, where a deadline is spent on the least.
     "cifar-anytime": Architecture((64, 128, 192, 192), 3, stem=Stem("whiten", 48, kernel=4, stride=2)),
 }
 
@@ -167,13 +173,14 @@ class FractalBlock(nn.Module):
         self.n_columns = n_columns
         unit = partial(ConvUnit, dropout=dropout, affine=affine)
         self.columns = nn.ModuleList(
-            nn.ModuleList(unit(n_in if i == 0 else n_out, n_out) for i in range(2**c)) for c in range(n_columns)
+            nn.ModuleList(unit(n_in if i == 0 else n_out, n_out) for i in range(2**c))
+            for c in range(n_columns)
         )
         self.pool = nn.MaxPool2d(2)
 
     def units(self, column: int) -> list[ConvUnit]:
         """The units of one column (1 = shallowest), first to last."""
-        return [u for u in self.columns[column - 1] if isinstance(u, ConvUnit)]
+        return [u for u in self.columns[column - 1].children() if isinstance(u, ConvUnit)]
 
     def forward(self, x: Tensor, masks: Sequence[Sequence[bool]]) -> Tensor:
         """Joined output under masks: [N, n_in, H, W] -> [N, n_out, H/2, W/2].
@@ -187,7 +194,7 @@ class FractalBlock(nn.Module):
 
         def output(column: int, row: int) -> Tensor:
             span = last >> (column - 1)
-            y: Tensor = self.columns[column - 1][row // span - 1](joined(row - span))
+            y: Tensor = self.units(column)[row // span - 1](joined(row - span))
             return self.pool(y) if row == last else y
 
         def joined(row: int) -> Tensor:
@@ -201,11 +208,10 @@ class FractalBlock(nn.Module):
     def _surviving(self, masks: Sequence[Sequence[bool]]) -> dict[int, list[int]]:
         """Row -> the columns whose outputs are averaged below it."""
         rows = {row: columns_at(row, self.n_columns) for row in range(1, 2 ** (self.n_columns - 1) + 1)}
-        of_join = iter(masks)
-        alive = {
-            row: [c for c, keep in zip(cs, next(of_join), strict=True) if keep] if len(cs) > 1 else list(cs)
-            for row, cs in rows.items()
-        }
+        alive = {row: list(columns) for row, columns in rows.items()}
+        joins = [row for row, columns in rows.items() if len(columns) > 1]
+        for row, mask in zip(joins, masks, strict=True):
+            alive[row] = [column for column, keep in zip(rows[row], mask, strict=True) if keep]
         if not all(alive.values()):
             raise ValueError("a join lost all its inputs: keep at least one in every mask")
         return alive
@@ -242,7 +248,9 @@ class FractalNet(nn.Module):
             for unit in block.units(k):
                 layers += unit.alone()
             layers.append(block.pool)
-        return nn.Sequential(*layers, *self.head)
+        column = nn.Sequential(*layers, *self.head)
+        column.training = self.training  # a new module says True, whatever mode its layers are in
+        return column
 
     def forward(self, images_NCHW: Tensor, masks: JoinMasks | None = None) -> Tensor:
         """Logits_NK of the joined net, or of what is left of it under local drop-path.
@@ -306,14 +314,14 @@ def whitening_filters(images_NCHW: Tensor, width: int, kernel: int, epsilon: flo
     Raises:
         ValueError: if more filters are asked for than a patch has numbers.
 
-    Source: https://github.com/KellerJordan/cifar10-airbench (there with the negatives of the filters, for ReLU).
+    Source: https://github.com/KellerJordan/cifar10-airbench (there with the filters' negatives, for ReLU).
     """
     n_numbers = images_NCHW.shape[1] * kernel * kernel
     if width > n_numbers:
         raise ValueError(f"a {kernel}x{kernel} patch has {n_numbers} numbers: no more than that many filters")
     patches = nn.functional.unfold(images_NCHW, kernel, stride=2).transpose(1, 2).reshape(-1, n_numbers)
     variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
-    strongest = directions.T.flip(0)[:width] / (variances.flip(0)[:width, None] + epsilon).sqrt()
+    strongest: Tensor = directions.T.flip(0)[:width] / (variances.flip(0)[:width, None] + epsilon).sqrt()
     return strongest.reshape(width, images_NCHW.shape[1], kernel, kernel)
 
 
@@ -326,8 +334,8 @@ def initialise(net: FractalNet, how: Initialisation, images_NCHW: Tensor | None 
 
     Args:
         net: The network.
-        how: "xavier" as the authors'; "dirac" makes each convolution begin as the identity on its first channels
-            (https://github.com/KellerJordan/cifar10-airbench).
+        how: "xavier" as the authors'; "dirac" makes each convolution begin as the identity on its first
+            channels (https://github.com/KellerJordan/cifar10-airbench).
         images_NCHW: Normalised training images, needed where the stem whitens.
 
     Raises:
@@ -346,12 +354,10 @@ def initialise(net: FractalNet, how: Initialisation, images_NCHW: Tensor | None 
     if stem is not None and stem.kind == "whiten":
         if images_NCHW is None:
             raise ValueError("this stem whitens: give it training images to fit its filters to")
-        conv = net.stem[0]
-        assert isinstance(conv, nn.Conv2d)
-        conv.weight.copy_(whitening_filters(images_NCHW, stem.width, stem.kernel))
+        net.stem[0].get_parameter("weight").copy_(whitening_filters(images_NCHW, stem.width, stem.kernel))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Cost:
     """What one image costs in one network.
 
@@ -360,30 +366,29 @@ class Cost:
         parameters: Learned and fixed numbers, BatchNorm's scale and bias counted.
     """
 
-    macs: int = 0
-    parameters: int = 0
-    _seen: set[int] = field(default_factory=set, repr=False)
-
-    def _count(self, module: nn.Module, _: object, output: Tensor) -> None:
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            self.macs += module.weight[0].numel() * output[0].numel()
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) not in self._seen:
-                self._seen.add(id(parameter))
-                self.parameters += parameter.numel()
+    macs: int
+    parameters: int
 
 
 @torch.no_grad()
 def cost(network: nn.Module, architecture: Architecture) -> Cost:
     """Count the cost of one image in a column or in the joined net by running one."""
-    total = Cost()
+    macs = 0
+    used: dict[int, int] = {}  # a parameter's id -> its numbers: scale and bias of BatchNorm are shared
+
+    def count(module: nn.Module, _: object, output: Tensor) -> None:
+        nonlocal macs
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            macs += module.weight[0].numel() * output[0].numel()
+        used.update((id(parameter), parameter.numel()) for parameter in module.parameters(recurse=False))
+
     was_training = network.training
     network.eval()
-    hooks = [m.register_forward_hook(total._count) for m in network.modules() if not list(m.children())]
+    hooks = [m.register_forward_hook(count) for m in network.modules() if not list(m.children())]
     try:
         network(torch.zeros(1, architecture.channels, architecture.size, architecture.size))
     finally:
         for hook in hooks:
             hook.remove()
         network.train(was_training)
-    return total
+    return Cost(macs, sum(used.values()))

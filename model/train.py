@@ -2,8 +2,8 @@
 
     python -m model.train --recipe anytime --dataset cifar10 --data data --out runs/first
 
-Must not know calibration, export or serving. Everything random comes from generators seeded by (seed, epoch), so an
-epoch is a function of the checkpoint before it: a run that was interrupted ends like one that was not.
+Must not know calibration, export or serving. Everything random comes from generators seeded by (seed, epoch),
+so an epoch is a function of the checkpoint before it: a run that was interrupted ends like one that was not.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from model.fractalnet import Architecture, FractalNet, Initialisation, Stem, ini
 
 Passes = Literal["tied", "coin", "columns"]
 
+CHECKPOINT = "checkpoint.pt"
 EVALUATION_BATCH = 500
 MARGIN = 4  # shift in pixels, and the border reflected for it [the paper's "+" and "++"]
 N_WHITENING_IMAGES = 5000  # the filters settle long before; see whitening_filters
@@ -54,16 +55,16 @@ class Recipe:
         epochs: Passes over the training images.
         batch_size: Images per step, over all processes together.
         learning_rate: At its peak.
-        schedule: "steps" divides by 10 whenever the remaining epochs halve, four times; "triangle" rises over the first
-            fifth and falls to zero.
+        schedule: "steps" divides by 10 whenever the remaining epochs halve, four times; "triangle" rises over
+            the first fifth and falls to zero.
         momentum: Of SGD.
         nesterov: Whether the momentum looks ahead.
         weight_decay: On convolutions and classifier; BatchNorm has none.
         label_smoothing: Share of the target spread over all classes.
         local_drop: Probability of dropping an input of a join under local drop-path.
-        passes: What one batch trains. "tied": the joined net under local drop-path and every column, as the authors'
-            graph does; "coin": one of the two, and of the columns a random one, as their paper says; "columns": one of
-            the two, and then every column.
+        passes: What one batch trains. "tied": the joined net under local drop-path and every column, as the
+            authors' graph does; "coin": one of the two, and of the columns a random one, as their paper says;
+            "columns": one of the two, and then every column.
         local_share: Probability that the coin says "joined net".
         column_weight: Of each column's loss; the joined net's is 1.
         initialisation: See `fractalnet.initialise`.
@@ -90,12 +91,14 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2 or not self.learning_rate > 0:
-            raise ValueError("epochs must be at least 1, the batch size at least 2, the learning rate above 0")
+            raise ValueError(
+                "epochs must be at least 1, the batch size at least 2, the learning rate above 0"
+            )
 
 
 RECIPES: dict[str, Recipe] = {
-    # Larsson et al.: SGD 0.9, lr 0.02, batch 100, 400 epochs. They train one local and all global samples in every batch,
-    # each column at 1/C of the weight (C = 3), as their released generator writes it.
+    # Larsson et al.: SGD 0.9, lr 0.02, batch 100, 400 epochs. They train one local and all global samples in
+    # every batch, each column at 1/C of the weight (C = 3), as their released generator writes it.
     "paper": Recipe(
         "cifar-20", 400, 100, 0.02, "steps", weight_decay=1e-4, passes="tied", column_weight=1 / 3
     ),
@@ -142,7 +145,7 @@ def build(recipe: Recipe, dataset: data.Dataset, seed: int) -> FractalNet:
     return net
 
 
-# --- one step --------------------------------------------------------------------------------------------------------
+# ---- one step ----
 
 
 class _Objective(nn.Module):
@@ -165,7 +168,9 @@ class _Objective(nn.Module):
         return weight * nn.functional.cross_entropy(logits_NK.float(), labels_N, label_smoothing=smoothing)
 
 
-def sample_parts(recipe: Recipe, architecture: Architecture, generator: torch.Generator) -> list[droppath.Paths]:
+def sample_parts(
+    recipe: Recipe, architecture: Architecture, generator: torch.Generator
+) -> list[droppath.Paths]:
     """Which networks the next batch trains."""
     n_blocks, n_columns = len(architecture.widths), architecture.n_columns
     every_column: list[droppath.Paths] = [droppath.Global(k) for k in range(1, n_columns + 1)]
@@ -188,7 +193,7 @@ def _optimiser(net: FractalNet, recipe: Recipe) -> torch.optim.SGD:
     )
 
 
-# --- a run -----------------------------------------------------------------------------------------------------------
+# ---- a run ----
 
 
 @dataclass(frozen=True)
@@ -214,14 +219,19 @@ class Checkpoint:
             TrainingError: if it cannot be written.
         """
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        fields |= {"recipe": dataclasses.asdict(self.recipe), "architecture": dataclasses.asdict(self.architecture)}
+        fields |= {
+            "recipe": dataclasses.asdict(self.recipe),
+            "architecture": dataclasses.asdict(self.architecture),
+        }
         part = path.with_suffix(".part")
         try:
             torch.save(fields, part)
             part.replace(path)
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a short write
             part.unlink(missing_ok=True)
-            raise TrainingError(f"{path} cannot be written ({error}): the checkpoint before it is untouched") from error
+            raise TrainingError(
+                f"{path} cannot be written ({error}): the checkpoint before it is untouched"
+            ) from error
 
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":
@@ -256,7 +266,8 @@ def logits(network: nn.Module, split: data.Split, normalise: Callable[[Tensor], 
     """Logits_NK of a network on a split, in evaluation mode, on the images' device."""
     was_training = network.training
     network.eval()
-    parts = [network(normalise(images)).float() for images in split.images_NCHW.split(EVALUATION_BATCH)]
+    starts = range(0, len(split), EVALUATION_BATCH)
+    parts = [network(normalise(split.images_NCHW[i : i + EVALUATION_BATCH])).float() for i in starts]
     network.train(was_training)
     return torch.cat(parts)
 
@@ -269,7 +280,9 @@ def accuracy(logits_NK: Tensor, labels_N: Tensor) -> float:
 class Run:
     """One training run, on this process's share of the batches."""
 
-    def __init__(self, recipe: Recipe, dataset: data.Dataset, out: Path, *, seed: int, bf16: bool, device: str) -> None:
+    def __init__(
+        self, recipe: Recipe, dataset: data.Dataset, out: Path, *, seed: int, bf16: bool, device: str
+    ) -> None:
         """Set up without training.
 
         Args:
@@ -281,16 +294,24 @@ class Run:
             device: "cpu", "cuda", …
 
         Raises:
-            TrainingError: if the images are fewer than one batch, or the batch does not divide among the processes.
+            TrainingError: if the images are fewer than one batch, or the batch does not divide among the
+                processes.
         """
-        self.rank, self.n_processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank, self.n_processes = (
+            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        )
         if len(dataset.train) < recipe.batch_size:
-            raise TrainingError(f"{len(dataset.train)} training images do not fill one batch of {recipe.batch_size}")
+            raise TrainingError(
+                f"{len(dataset.train)} training images do not fill one batch of {recipe.batch_size}"
+            )
         if recipe.batch_size % self.n_processes:
-            raise TrainingError(f"a batch of {recipe.batch_size} does not divide among {self.n_processes} processes")
+            raise TrainingError(
+                f"a batch of {recipe.batch_size} does not divide among {self.n_processes} processes"
+            )
         self.recipe, self.seed, self.bf16, self.out = recipe, seed, bf16, out
         self.device = torch.device(device)
-        self.net = build(recipe, dataset, seed).to(self.device, memory_format=torch.channels_last)
+        self.net = build(recipe, dataset, seed).to(self.device)
+        self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's hints lack it
         self.dataset = dataset.to(self.device)
         self.size = self.dataset.train.images_NCHW.shape[2]
         self.padded_NCHW = data.pad(self.dataset.train.images_NCHW, MARGIN)
@@ -298,7 +319,9 @@ class Run:
         objective = _Objective(self.net, recipe)
         # Dropped paths leave parameters without a gradient, the same ones in every process.
         self.objective = (
-            DistributedDataParallel(objective, find_unused_parameters=True) if self.n_processes > 1 else objective
+            DistributedDataParallel(objective, find_unused_parameters=True)
+            if self.n_processes > 1
+            else objective
         )
         self.epoch, self.seconds = 0, 0.0
         self.n_steps = len(dataset.train) // recipe.batch_size
@@ -306,18 +329,27 @@ class Run:
     @property
     def checkpoint(self) -> Path:
         """Where the last finished epoch is kept."""
-        return self.out / "checkpoint.pt"
+        return self.out / CHECKPOINT
 
     def resume(self) -> None:
         """Go on from the checkpoint in the run's folder.
 
         Raises:
-            TrainingError: if there is none, or it is of another recipe, dataset or seed.
+            TrainingError: if there is none, or it is of another recipe, network, dataset or seed.
         """
         kept = Checkpoint.load(self.checkpoint)
-        theirs, ours = (kept.recipe, kept.dataset, kept.seed), (self.recipe, self.dataset.name, self.seed)
-        if theirs != ours:
-            raise TrainingError(f"{self.checkpoint} is of another run ({theirs}): use its settings, or another --out")
+        ours = {
+            "recipe": self.recipe,
+            "architecture": self.net.architecture,
+            "dataset": self.dataset.name,
+            "labels": self.dataset.labels,
+            "seed": self.seed,
+        }
+        different = [name for name, value in ours.items() if getattr(kept, name) != value]
+        if different:
+            raise TrainingError(
+                f"{self.checkpoint} is of a run with other {', '.join(different)}: use that, or another --out"
+            )
         self.net.load_state_dict(kept.model)
         self.optimiser.load_state_dict(kept.optimiser)
         self.epoch, self.seconds = kept.epoch, kept.seconds
@@ -342,7 +374,7 @@ class Run:
         """Train one epoch and return its mean loss.
 
         Raises:
-            TrainingError: if the loss is no longer a number.
+            TrainingError: if the loss or a weight is no longer a number.
         """
         started_s = time.monotonic()
         self.net.train()
@@ -361,21 +393,25 @@ class Run:
                 loss = self.objective(images_NCHW, labels_N, parts)
             value = float(loss.detach()) / len(parts)
             if not math.isfinite(value):
-                raise TrainingError(
-                    f"the loss became {value} in epoch {self.epoch + 1}: lower --learning-rate; "
-                    f"{self.checkpoint} still holds the last good epoch, if there was one"
-                )
+                raise self._diverged(f"the loss became {value}")
             self.optimiser.zero_grad(set_to_none=True)
             loss.backward()
             self.optimiser.step()
             total += value
             progress(value)
+        # The loss is taken before the step, so the last one may have broken the weights unseen.
+        if not all(bool(tensor.isfinite().all()) for tensor in self.net.state_dict().values()):
+            raise self._diverged("a weight is no longer a number")
         self.epoch += 1
         self.seconds += time.monotonic() - started_s
         return total / self.n_steps
 
+    def _diverged(self, what: str) -> TrainingError:
+        kept = f"{self.checkpoint} still holds epoch {self.epoch}" if self.epoch else "no epoch was finished"
+        return TrainingError(f"{what} in epoch {self.epoch + 1}: lower --learning-rate; {kept}")
+
     def _batch(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """This process's share of a batch, augmented and normalised. All processes draw for the whole batch alike."""
+        """This process's share of a batch, augmented and normalised; each draws for the whole batch alike."""
         mirrored = data.flips(rows, self.epoch, self.recipe.flip, generator)
         rows = rows.to(self.device)
         images = data.shift_and_flip(self.padded_NCHW[rows], self.size, mirrored, generator)
@@ -388,27 +424,44 @@ class Run:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return {
                 name: accuracy(
-                    logits(network, self.dataset.held_out, self.dataset.normalise), self.dataset.held_out.labels_N
+                    logits(network, self.dataset.held_out, self.dataset.normalise),
+                    self.dataset.held_out.labels_N,
                 )
                 for name, network in self.net.networks().items()
             }
 
 
-def _about_this_machine() -> dict[str, Any]:
+def about_this_machine() -> dict[str, Any]:
+    """Versions, commit and cores, for a record that can be repeated."""
+
     def commit() -> str:
         try:
-            command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            describe = [
+                "git",
+                "-C",
+                str(Path(__file__).parent),
+                "describe",
+                "--always",
+                "--dirty",
+                "--abbrev=12",
+            ]
+            done = subprocess.run(describe, capture_output=True, text=True, check=True, timeout=10)  # noqa: S603 fixed
+            return done.stdout.strip()
         except (OSError, subprocess.SubprocessError):
             return "unknown"
 
     packages = {name: importlib.metadata.version(name) for name in ("torch", "numpy")}
-    return {"commit": commit(), "packages": packages, "python": sys.version.split()[0], "cpu_count": os.cpu_count()}
+    return {
+        "commit": commit(),
+        "packages": packages,
+        "python": sys.version.split()[0],
+        "cpu_count": os.cpu_count(),
+    }
 
 
 @contextmanager
-def _finishing_the_epoch_on_ctrl_c(stop: threading.Event) -> Iterator[None]:
-    """The first Ctrl-C ends the run after the checkpoint before it; a second one ends it at once."""
+def _stopping_between_batches_on_ctrl_c(stop: threading.Event) -> Iterator[None]:
+    """The first Ctrl-C asks for an end before the next batch; a second one ends the run at once."""
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
         if stop.is_set():
@@ -432,8 +485,8 @@ class _Interrupted(Exception):
 def train(run: Run) -> None:
     """Train to the end of the recipe, keeping a checkpoint and a line of record after every epoch.
 
-    Ctrl-C stops between two batches; the checkpoint of the last finished epoch stays, and resuming repeats the epoch
-    that was cut.
+    Ctrl-C stops between two batches; the checkpoint of the last finished epoch stays, and resuming repeats
+    the epoch that was cut.
 
     Raises:
         TrainingError: see `Run.train_epoch` and `Checkpoint.save`.
@@ -442,17 +495,23 @@ def train(run: Run) -> None:
     stop = threading.Event()
     lead = run.rank == 0
     run.out.mkdir(parents=True, exist_ok=True)
-    writer: AbstractContextManager[SummaryWriter | None] = SummaryWriter(str(run.out)) if lead else nullcontext()
-    bar = tqdm(total=run.recipe.epochs * run.n_steps, initial=run.epoch * run.n_steps, unit="batch", disable=not lead)
+    writer: AbstractContextManager[SummaryWriter | None] = (
+        SummaryWriter(str(run.out)) if lead else nullcontext()
+    )
+    bar = tqdm(
+        total=run.recipe.epochs * run.n_steps, initial=run.epoch * run.n_steps, unit="batch", disable=not lead
+    )
 
     def on_step(loss: float) -> None:
         bar.update()
-        bar.set_postfix_str(f"epoch {run.epoch + 1}/{run.recipe.epochs} loss {loss:.3f} {seen}", refresh=False)
+        bar.set_postfix_str(
+            f"epoch {run.epoch + 1}/{run.recipe.epochs} loss {loss:.3f} {seen}", refresh=False
+        )
         if stop.is_set():
             raise _Interrupted
 
     seen = ""
-    with _finishing_the_epoch_on_ctrl_c(stop), writer as board, bar:
+    with _stopping_between_batches_on_ctrl_c(stop), writer as board, bar:
         while run.epoch < run.recipe.epochs:
             try:
                 loss = run.train_epoch(on_step)
@@ -463,7 +522,9 @@ def train(run: Run) -> None:
             reached = run.evaluate()
             seen = " ".join(f"{name}:{100 * value:.1f}" for name, value in reached.items())
             run.save()
-            _record(run, {"epoch": run.epoch, "loss": loss, "held_out_accuracy": reached, "seconds": run.seconds})
+            _record(
+                run, {"epoch": run.epoch, "loss": loss, "held_out_accuracy": reached, "seconds": run.seconds}
+            )
             if board is not None:
                 board.add_scalar("loss", loss, run.epoch)
                 for name, value in reached.items():
@@ -478,24 +539,36 @@ def _record(run: Run, line: dict[str, Any]) -> None:
         raise TrainingError(f"{run.out / 'record.jsonl'} cannot be written ({error})") from error
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
+# ---- the command ----
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m model.train", description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", choices=RECIPES, default="anytime")
     parser.add_argument("--dataset", choices=("cifar10", "cifar100", "svhn", "folder"), default="cifar10")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with the data, or to download it into")
-    parser.add_argument("--size", type=int, default=32, help="pixels to which the pictures of a folder are brought")
+    parser.add_argument(
+        "--data", type=Path, default=Path("data"), help="folder with the data, or to download it into"
+    )
+    parser.add_argument(
+        "--size", type=_at_least_1, default=32, help="pixels to which the pictures of a folder are brought"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint and record")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--limit", type=int, help="use only the first so many training images (to try things out)")
+    parser.add_argument(
+        "--limit", type=_at_least_1, help="use only the first so many training images (to try things out)"
+    )
     for name, kind in (("architecture", str), ("epochs", int), ("batch-size", int), ("learning-rate", float)):
         parser.add_argument(f"--{name}", type=kind, help="instead of the recipe's")
     return parser.parse_args(argv)
+
+
+def _at_least_1(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
@@ -504,9 +577,25 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     return dataclasses.replace(RECIPES[options.recipe], **given)
 
 
+@contextmanager
+def _one_process_before_the_others() -> Iterator[None]:
+    """On each machine one process goes through the block first: the others find the data it has fetched."""
+    waits = dist.is_initialized() and os.environ["LOCAL_RANK"] != "0"
+    if waits:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and not waits:
+        dist.barrier()
+
+
 def _prepare(options: argparse.Namespace) -> Run:
     recipe = _recipe(options)
-    dataset = data.load(options.dataset, options.data, size=options.size, seed=options.seed)
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        raise TrainingError(f"--device {options.device} cannot be used here ({error})") from error
+    with _one_process_before_the_others():
+        dataset = data.load(options.dataset, options.data, size=options.size, seed=options.seed)
     if options.limit:
         dataset = dataclasses.replace(dataset, train=dataset.train[: options.limit])
     bf16 = options.precision == "bf16"
@@ -519,24 +608,40 @@ def _prepare(options: argparse.Namespace) -> Run:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train as the command line says; the exit code is 0, 1 (could not), or 130 (Ctrl-C)."""
+    """Train as the command line says; the exit code is 0, 1 (could not), 2 (bad usage), or 130 (Ctrl-C)."""
     options = _arguments(argv)
     if "WORLD_SIZE" in os.environ:  # started by torchrun
-        dist.init_process_group("nccl" if options.device.startswith("cuda") else "gloo")
         if options.device == "cuda":
             options.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(options.device)
+        dist.init_process_group("nccl" if options.device.startswith("cuda") else "gloo")
     try:
         run = _prepare(options)
         if run.rank == 0:
             run.out.mkdir(parents=True, exist_ok=True)
-            settings = {"recipe": dataclasses.asdict(run.recipe), "seed": run.seed, "dataset": options.dataset}
-            _record(run, {**settings, "resumed_at": run.epoch, "precision": options.precision, **_about_this_machine()})
+            settings = {
+                "recipe": dataclasses.asdict(run.recipe),
+                "seed": run.seed,
+                "dataset": options.dataset,
+                "n_train": len(run.dataset.train),
+                "resumed_at": run.epoch,
+                "precision": options.precision,
+                "device": options.device,
+                "n_processes": run.n_processes,
+            }
+            _record(run, {**settings, **about_this_machine()})
         train(run)
-    except (TrainingError, data.DataError, ValueError) as error:
+    except (TrainingError, data.DataError, ValueError, OSError) as error:
         print(f"model.train: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"model.train: stopped; --resume --out {options.out} goes on from the last full epoch", file=sys.stderr)
+        checkpoint = options.out / CHECKPOINT
+        left = (
+            f"--resume goes on from {checkpoint}"
+            if checkpoint.exists()
+            else "no epoch was finished, none is kept"
+        )
+        print(f"model.train: stopped; {left}", file=sys.stderr)
         return 130
     finally:
         if dist.is_initialized():
