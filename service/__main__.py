@@ -3,6 +3,7 @@
 Exits 2 with one sentence when a setting or the artifact is at fault.
 """
 
+import contextlib
 import logging
 import socket
 import sys
@@ -66,7 +67,8 @@ def prepare(chosen: Settings) -> Service:
     for rung in manifest.rungs:
         latency = profile.latency(rung.column, 1)
         logger.info(
-            "  column %s: %4.1f %% right on held-out images, %.2f ms for one image (%g %% of runs within %.2f ms)",
+            "  column %s: %4.1f %% right on held-out images, %.2f ms for one image (%g %% of runs within "
+            "%.2f ms)",
             *(rung.column, rung.accuracy * 100, latency.median_s * 1e3),
             *(chosen.profile_quantile * 100, latency.high_s * 1e3),
         )
@@ -113,10 +115,8 @@ def main(arguments: list[str]) -> int:
     )
     logger.info("Ready at %s (documentation at %s/docs). Try:", url, url)
     logger.info("  curl -F image=@picture.jpg '%s/predict?budget_ms=%g'", url, chosen.default_budget_ms)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down
         Server(config, app).run(sockets=[listener])
-    except KeyboardInterrupt:
-        pass  # uvicorn raises it again after it has shut down
     return 0
 
 

@@ -7,6 +7,7 @@ import asyncio
 import base64
 import binascii
 import io
+import math
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import TypeVar
@@ -17,6 +18,7 @@ import python_multipart
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import Field, File
 
 from service.errors import Malformed, TooLarge, UnsupportedType
 
@@ -26,12 +28,14 @@ TYPES = (*IMAGE_TYPES, "multipart/form-data", "application/octet-stream", "appli
 
 INLINE_BYTES = 32 * 1024
 INLINE_PIXELS = 128 * 128
-"""Smaller pictures are decoded on the event loop. A 32 x 32 PNG takes some 0.1 ms and a hop to a thread and back 0.05 to
-0.1 ms; at these bounds a picture takes about half a millisecond, the longest the loop should stand still."""
+"""Smaller pictures are decoded on the event loop. A 32 x 32 PNG takes some 0.1 ms and a hop to a thread and
+back 0.05 to 0.1 ms; at these bounds a picture takes about half a millisecond, the longest the loop should
+stand still."""
 
 JPEG_SCALE_MARGIN = 4
-"""A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, at least this many times the network's: those scales are block
-means too, so the box filter's answer hardly moves, and a 12-megapixel photograph decodes several times faster."""
+"""A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, at least this many times the network's: those scales
+are block means too, so the box filter's answer hardly moves, and a 12-megapixel photograph decodes several
+times faster."""
 
 Result = TypeVar("Result")
 
@@ -75,9 +79,9 @@ class Decoder:
 
     def _raw(self, body: bytes) -> NDArray[np.uint8]:
         shape = (self._height, self._width, 3)
-        if len(body) != self._height * self._width * 3:
+        if len(body) != math.prod(shape):
             raise Malformed(
-                f"Raw pixels must be exactly {shape[0]} x {shape[1]} x 3 = {self._height * self._width * 3} bytes, "
+                f"Raw pixels must be exactly {self._height} x {self._width} x 3 = {math.prod(shape)} bytes, "
                 f"row by row, but {len(body)} came: resize the picture or send it as PNG, JPEG or WebP."
             )
         return np.frombuffer(body, np.uint8).reshape(shape)
@@ -97,17 +101,15 @@ class Decoder:
         try:
             picture = Image.open(io.BytesIO(body), formats=FORMATS)
         except UnidentifiedImageError as error:
-            raise UnsupportedType(
-                "The content is no PNG, JPEG or WebP picture: convert it to one of them."
-            ) from error
+            raise UnsupportedType("The content is no PNG, JPEG or WebP: convert it.") from error
         except Image.DecompressionBombError as error:
             raise TooLarge(f"The picture has more than {self._max_pixels} pixels: scale it down.") from error
-        except Exception as error:  # noqa: BLE001 - Pillow raises many kinds for a damaged header
+        except Exception as error:  # Pillow raises many kinds for a damaged header
             raise Malformed(f"The picture's header cannot be read ({error}): send the file whole.") from error
         if picture.width * picture.height > self._max_pixels:
             raise TooLarge(
-                f"The picture is {picture.width} x {picture.height}; at most {self._max_pixels} pixels are taken: "
-                "scale it down."
+                f"The picture is {picture.width} x {picture.height}; at most {self._max_pixels} pixels "
+                "are taken: scale it down."
             )
         return picture
 
@@ -120,7 +122,7 @@ class Decoder:
                 picture.draft("RGB", (round(picture.width * scale), round(picture.height * scale)))
             picture.load()
             picture = _as_rgb(ImageOps.exif_transpose(picture))
-        except Exception as error:  # noqa: BLE001 - Pillow raises many kinds for damaged content
+        except Exception as error:  # Pillow raises many kinds for damaged content
             raise Malformed(f"The picture cannot be decoded ({error}): send the file whole.") from error
         if picture.size != (self._width, self._height):
             scale = min(picture.width / self._width, picture.height / self._height)
@@ -135,7 +137,7 @@ class Decoder:
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:
-    """Transparency is laid on white; 16-bit grey keeps its upper byte, where Pillow alone would cut all bright to white."""
+    """Lay transparency on white; keep the upper byte of 16-bit grey, which Pillow would clip to white."""
     if picture.mode.startswith("I"):
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.has_transparency_data:
@@ -166,20 +168,18 @@ def _json_image(body: bytes) -> bytes:
 def _multipart_image(content_type: str, body: bytes) -> bytes:
     found: list[bytes] = []
 
-    def take(
-        part: python_multipart.multipart.FileProtocol | python_multipart.multipart.FieldProtocol,
-    ) -> None:
-        if part.field_name != b"image":
-            return
-        if isinstance(part, python_multipart.multipart.File):
+    def take_file(part: File) -> None:
+        if part.field_name == b"image":
             part.file_object.seek(0)
             found.append(part.file_object.read())
-        elif isinstance(part, python_multipart.multipart.Field):
+
+    def take_field(part: Field) -> None:
+        if part.field_name == b"image":
             found.append(part.value or b"")
 
     headers = {"Content-Type": content_type.encode("latin-1")}
     try:
-        python_multipart.parse_form(headers, io.BytesIO(body), take, take)
+        python_multipart.parse_form(headers, io.BytesIO(body), take_field, take_file)
     except (FormParserError, ValueError) as error:
         raise Malformed(
             f"The form cannot be read ({error}): send multipart/form-data with a boundary."

@@ -1,12 +1,12 @@
 """Owns the queue: runs what the policy decides, one batch at a time, and settles every request exactly once.
 
-Must not know of HTTP or images' encodings. All methods belong to the event loop's thread; only the run itself happens
-elsewhere. There is no loop that could die: each arrival, each end of a run and each timer calls `_advance` once.
+Must not know of HTTP or images' encodings. All methods belong to the event loop's thread; only the run itself
+happens elsewhere. There is no loop that could die: each arrival, each end of a run and each timer calls
+`_advance` once.
 """
 
 import asyncio
 import logging
-import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 class Served:
     """One record of a request's life, built once when it is settled.
 
-    `outcome` is `answered` here even if the answer then turns out late: only the edge sees the last byte leave.
-    `probabilities_K`, `columns_run` and `stopped_by` are given exactly for an answer.
+    `outcome` is `answered` here even if the answer then turns out late: only the edge sees the last byte
+    leave. `probabilities_K`, `columns_run` and `stopped_by` are given exactly for an answer.
     """
 
     outcome: Outcome
@@ -135,7 +135,7 @@ class Engine:
         observe_run: Callable[[str, int, float], None],
         reserve_s: float,
         max_waiting: int,
-        jitter: Callable[[], float] = partial(random.uniform, 1.0, 1.5),
+        jitter: Callable[[], float],
     ) -> None:
         self._processor = processor
         self._profile = profile
@@ -191,8 +191,8 @@ class Engine:
             )
         if not admission.is_accepted:
             raise Rejected(
-                f"An answer would take about {(admission.needs_s + self._reserve_s) * 1e3:.2f} ms from now and "
-                f"{(deadline_s - now_s) * 1e3:.2f} ms are left: grant a larger budget or retry later.",
+                f"An answer would take about {(admission.needs_s + self._reserve_s) * 1e3:.2f} ms and "
+                f"{(deadline_s - now_s) * 1e3:.2f} ms are left: grant more or retry later.",
                 admission.retry_after_s * self._jitter(),
             )
 
@@ -256,7 +256,7 @@ class Engine:
         now_s = self._clock()
         try:
             plan = scheduling.plan(tuple(self._waiting), now_s, self._profile, self._ladder)
-        except Exception:  # noqa: BLE001 - a fault in the policy may fail requests but must not leave them hanging
+        except Exception:  # a fault in the policy may fail requests but must not leave them hanging
             logger.exception("The policy failed; the waiting requests are let go.")
             for request in tuple(self._waiting):
                 self._settle_with_what_there_is(request, "failed")
@@ -296,7 +296,7 @@ class Engine:
             for request, logits_K in zip(run.batch, logits_NK, strict=True):
                 if not request.settled.done():
                     self._take_in(request, run.column, logits_K)
-        except (Exception, asyncio.CancelledError):  # noqa: BLE001 - whatever a run raises fails this run alone
+        except (Exception, asyncio.CancelledError):  # whatever a run raises fails this run alone
             logger.exception("A run of column %s for %d images failed.", run.column, len(run.batch))
             for request in run.batch:
                 self._settle_with_what_there_is(request, "failed")
@@ -311,7 +311,7 @@ class Engine:
         self._waiting[request] = None
 
     def _ready_or_never(self, request: Request) -> None:
-        """The last moment has come: send what there is. Column 1 in progress goes on, its answer will be late."""
+        """Send what there is, in the last moment for it. A first run in progress goes on: a late answer."""
         if request in self._waiting and self._running:
             request.lost_s += _overlap_s(request, self._running, self._clock())
         if request.columns_run or request in self._waiting:

@@ -38,14 +38,20 @@ class Problem(Exception):
 
 
 class Malformed(Problem):
+    """The body is not what its Content-Type says."""
+
     status, title = 400, "Malformed request"
 
 
 class NotFound(Problem):
+    """There is nothing at this path."""
+
     status, title = 404, "Not found"
 
 
 class MethodNotAllowed(Problem):
+    """The path takes other methods."""
+
     status, title = 405, "Method not allowed"
 
     def __init__(self, detail: str, allowed: str) -> None:
@@ -54,22 +60,31 @@ class MethodNotAllowed(Problem):
 
     @property
     def headers(self) -> dict[str, str]:
+        """The methods that are taken."""
         return {"allow": self.allowed}
 
 
 class BodyTimeout(Problem):
+    """The body took too long to arrive."""
+
     status, title = 408, "Body too slow"
 
 
 class TooLarge(Problem):
+    """Too many bytes, or too many pixels."""
+
     status, title = 413, "Too large"
 
 
 class UnsupportedType(Problem):
+    """The Content-Type, or what is really inside, is not taken."""
+
     status, title = 415, "Unsupported media type"
 
 
 class OutOfRange(Problem):
+    """A parameter is unknown, doubled or out of its range."""
+
     status, title = 422, "Parameter out of range"
 
 
@@ -90,7 +105,7 @@ class Rejected(Problem):
 
     @property
     def headers(self) -> dict[str, str]:
-        """`Retry-After` counts whole seconds and never 0; `retry-after-ms` says it as finely as it is known."""
+        """`Retry-After` counts whole seconds, at least 1; `retry-after-ms` says it more finely."""
         return {
             "retry-after": str(max(1, math.ceil(self.retry_after_s))),
             "retry-after-ms": str(max(1, math.ceil(self.retry_after_s * 1000))),
@@ -98,19 +113,26 @@ class Rejected(Problem):
 
 
 class Failed(Problem):
+    """The run failed, or the server did."""
+
     status, title = 500, "Inference failed"
     outcome: ClassVar[Outcome] = "failed"
 
 
 class Stopped(Problem):
+    """The server is not ready, or draining."""
+
     status, title = 503, "Not serving"
     outcome: ClassVar[Outcome] = "stopped"
 
     @property
     def headers(self) -> dict[str, str]:
+        """Another server, or this one restarted, will be there soon."""
         return {"retry-after": "1"}
 
 
 class Expired(Problem):
+    """The deadline passed while the request waited."""
+
     status, title = 504, "Deadline passed"
     outcome: ClassVar[Outcome] = "expired"

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 INPUT_NAME, OUTPUT_NAME = "images_NHWC", "logits_NK"
 N_WARM_UP_RUNS = 3
-"""The first run of a shape allocates and, on CUDA, chooses algorithms; the second may still grow the arena."""
+"""The first run of a shape allocates and, on CUDA, chooses algorithms; the second may still grow."""
 
 
 class ArtifactError(Exception):
@@ -187,8 +187,8 @@ class Inference:
     ) -> NDArray[np.float32]:
         """Probabilities of one image from the logits of the columns that ran on it, shallow first.
 
-        Source: geometric ensemble, softmax(sum_j w_j log_softmax(z_j) / T + b), fitted at export. A combination that
-        the manifest lacks is answered by its deepest column alone.
+        Source: geometric ensemble, softmax(sum_j w_j log_softmax(z_j) / T + b), fitted at export. A
+        combination that the manifest lacks is answered by its deepest column alone.
         """
         if columns_run not in self._combinations:
             columns_run, logits_K = columns_run[-1:], logits_K[-1:]
@@ -218,7 +218,8 @@ class Inference:
                         self.run(column, images_NHWC)
                 except Exception as error:  # onnxruntime's own exceptions have no public base class
                     raise ArtifactError(
-                        f"Column {column} cannot be run on {size} images ({error}): export the artifact again."
+                        f"Column {column} cannot be run on {size} images ({error}): export the artifact "
+                        f"again."
                     ) from error
 
 
@@ -238,7 +239,8 @@ def load(
         batch_sizes: On CUDA every batch is padded to one of them.
 
     Raises:
-        ArtifactError: a file is missing, altered or not what the manifest says, or CUDA was asked for and does not work.
+        ArtifactError: a file is missing, altered or not what the manifest says, or CUDA was asked for and
+            does not work.
 
     Cost: reads and hashes every file and optimises every graph; tenths of a second.
     """
@@ -276,7 +278,8 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
         text = path.read_bytes()
     except OSError as error:
         raise ArtifactError(
-            f"No artifact in {folder} ({error.strerror} for manifest.json): set ANYTIME_ARTIFACT to an exported folder."
+            f"No artifact in {folder} ({error.strerror} for manifest.json): set ANYTIME_ARTIFACT to an "
+            f"exported folder."
         ) from error
     try:
         return Manifest.model_validate_json(text), hashlib.sha256(text).hexdigest()
@@ -295,7 +298,8 @@ def _verified_bytes(folder: Path, rung: Rung) -> bytes:
         graph = path.read_bytes()
     except OSError as error:
         raise ArtifactError(
-            f"{path} of column {rung.column} cannot be read ({error.strerror}): copy the whole artifact folder again."
+            f"{path} of column {rung.column} cannot be read ({error.strerror}): copy the whole artifact "
+            f"folder again."
         ) from error
     if hashlib.sha256(graph).hexdigest() != rung.sha256:
         raise ArtifactError(
@@ -367,6 +371,7 @@ def _check_graph(session: Any, rung: Rung, manifest: Manifest) -> None:
         is_right = len(found) == 1 and found[0][:2] == (name, dtype) and found[0][2][1:] == shape
         if not is_right or isinstance(found[0][2][0], int):
             raise ArtifactError(
-                f"{rung.file} must have the one {kind} {name}, {dtype} [N, {', '.join(map(str, shape))}] with N free, "
+                f"{rung.file} must have the one {kind} {name}, {dtype} [N, {', '.join(map(str, shape))}] "
+                f"with N free, "
                 f"but has {found}: export it again."
             )

@@ -1,12 +1,21 @@
 """What Prometheus may ask: every request by outcome, and where its time went.
 
-Must not know of HTTP or of the policy. Labels come from closed sets and exist from the start, so that a rate over a
-series is right from its first event.
+Must not know of HTTP or of the policy. Labels come from closed sets and exist from the start, so that a rate
+over a series is right from its first event.
 """
 
 from collections.abc import Callable, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_PLAIN_0_0_4,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from service.errors import OUTCOMES, Outcome
 from service.scheduling import STOPPED_BY, StoppedBy
@@ -15,6 +24,7 @@ LATENCY_BUCKETS_S = (
     *(0.0001, 0.0002, 0.0003, 0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075),
     *(0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 1.0, 10.0),
 )
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 BUDGET_SHARE_BUCKETS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.5, 2.0, 5.0)
 
 
@@ -36,6 +46,8 @@ class Metrics:
         n_waiting: Callable[[], int],
         build: dict[str, str],
     ) -> None:
+        # Else each series has a second one, with the time of its creation, which nobody asks for.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "anytime_requests", "Requests to /predict by how they ended", ["outcome"], registry=self.registry

@@ -40,7 +40,8 @@ PREDICTION_SCHEMA: dict[str, Any] = {
         "columns_run": {"type": "array", "items": {"type": "string"}},
         "stopped_by": {
             "enum": list(STOPPED_BY),
-            "description": "`budget`: no deeper rung fitted; `confidence`: min_confidence was reached; `deepest`: "
+            "description": "`budget`: no deeper rung fitted; `confidence`: min_confidence was reached; "
+            "`deepest`: "
             "nothing more accurate exists; `load`: a deeper rung would have fitted were this request alone.",
         },
         "budget_ms": _MILLISECONDS,

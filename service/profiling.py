@@ -1,6 +1,7 @@
 """How long each column takes at each batch size on this machine, measured once and remembered.
 
-Must not know of requests. Measures through the same single thread that serves, so that the hand-over to it counts.
+Must not know of requests. Measures through the same single thread that serves, so that the hand-over to it
+counts.
 """
 
 import hashlib

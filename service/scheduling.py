@@ -2,9 +2,10 @@
 
 Must not know of clocks, I/O, asyncio, arrays or HTTP: the server and a simulator call the very same code.
 
-The shallowest column is mandatory and every deeper one optional (imprecise computation: see Liu et al., "Algorithms
-for scheduling imprecise computations", IEEE Computer 1991). A prediction uses the high quantile of measured latency
-where a safer choice remains (to admit, to batch, to open with a deep column) and the likely latency where it does not.
+The shallowest column is mandatory and every deeper one optional (imprecise computation: see Liu et al.,
+"Algorithms for scheduling imprecise computations", IEEE Computer 1991). A prediction uses the high quantile
+of measured latency where a safer choice remains (to admit, to batch, to open with a deep column) and the likely
+latency where it does not.
 """
 
 from bisect import bisect_left, bisect_right
@@ -17,8 +18,9 @@ StoppedBy = Literal["budget", "confidence", "deepest", "load"]
 STOPPED_BY: tuple[StoppedBy, ...] = get_args(StoppedBy)
 
 LIKELY_MARGIN = 1.1
-"""A refinement is likely to take at most this many medians. Half of all runs exceed one median; overrunning costs
-no deadline (the answer in hand is sent on time) but wastes the run, so a little room is worth it. Not yet tuned."""
+"""A refinement is likely to take at most this many medians. Half of all runs exceed one median; overrunning
+costs no deadline (the answer in hand is sent on time) but wastes the run, so a little room is worth it. Not
+yet tuned."""
 
 
 @dataclass(slots=True, eq=False)
@@ -26,7 +28,8 @@ class Ticket:
     """A waiting request, as far as the policy cares. Only the engine changes one; the policy reads.
 
     Attributes:
-        ready_by_s: Latest time for the result to be there: the deadline less the reserve for writing the answer.
+        ready_by_s: Latest time for the result to be there: the deadline less the reserve for writing the
+            answer.
         min_confidence: The caller is content with an answer at least this confident; None: never.
         columns_run: Columns that have run, shallow first; empty while there is no answer.
         confidence: Probability of the answer in hand.
@@ -59,10 +62,12 @@ class Latency:
 class LatencyProfile:
     """Latency by column and batch size on one machine.
 
-    A batch between two measured sizes counts as the larger: exact where batches are padded, pessimistic elsewhere.
+    A batch between two measured sizes counts as the larger: exact where batches are padded, pessimistic
+    elsewhere.
 
     Raises:
-        ValueError: a column lacks a batch size that another has, or nothing was measured; measure all of them.
+        ValueError: a column lacks a batch size that another has, or nothing was measured; measure all of
+            them.
     """
 
     def __init__(self, latencies: Mapping[str, Mapping[int, Latency]]) -> None:
@@ -109,7 +114,8 @@ class Improvement:
 class Ladder:
     """What each combination of columns is worth, by accuracy on held-out images.
 
-    A combination without a measured accuracy is worth its deepest column alone, which is then also its answer.
+    A combination without a measured accuracy is worth its deepest column alone, which is then also its
+    answer.
 
     Raises:
         ValueError: a column has no accuracy of its own; give one.
@@ -128,6 +134,7 @@ class Ladder:
 
     @property
     def shallowest(self) -> str:
+        """The mandatory column."""
         return self.columns[0]
 
     def accuracy(self, columns_run: tuple[str, ...]) -> float:
@@ -168,7 +175,8 @@ class Admission:
     """Whether a request is taken in, and what to tell its caller if it is not.
 
     Attributes:
-        is_accepted: Its column 1 is predicted to be there in time, and nobody admitted before loses theirs by it.
+        is_accepted: Its column 1 is predicted to be there in time, and nobody admitted before loses theirs by
+            it.
         needs_s: Predicted time until its column 1 would be there [s from now].
         retry_after_s: Predicted time until what waits now is done [s from now].
     """
@@ -181,9 +189,9 @@ class Admission:
 def plan(waiting: Sequence[TicketT], now_s: float, profile: LatencyProfile, ladder: Ladder) -> Plan[TicketT]:
     """Decide what to run now.
 
-    Column 1 of those without an answer comes first, earliest deadline first. A request alone opens with whatever leads
-    to the most accurate answer that fits, be it a deeper column at once. Only when nobody waits for column 1 is the
-    earliest ticket refined, towards the most accurate combination that still fits.
+    Column 1 of those without an answer comes first, earliest deadline first. A request alone opens with
+    whatever leads to the most accurate answer that fits, be it a deeper column at once. Only when nobody
+    waits for column 1 is the earliest ticket refined, towards the most accurate combination that still fits.
 
     Args:
         waiting: Every queued ticket, any order. May be empty. None of them is running.
@@ -193,8 +201,8 @@ def plan(waiting: Sequence[TicketT], now_s: float, profile: LatencyProfile, ladd
 
     Returns:
         `batch` is empty exactly when `column` is None; each ticket of `batch` is predicted to finish by its
-        `ready_by_s`. Tickets in neither `batch` nor `finished` go on waiting: for their turn, or, without an answer and
-        past help, for their deadline.
+        `ready_by_s`. Tickets in neither `batch` nor `finished` go on waiting: for their turn, or, without an
+        answer and past help, for their deadline.
 
     Cost: O(n log n + n * 2^C) in n waiting tickets and C columns; never blocks.
     """
@@ -234,8 +242,8 @@ def plan(waiting: Sequence[TicketT], now_s: float, profile: LatencyProfile, ladd
 def stopped_by(ticket: Ticket, now_s: float, profile: LatencyProfile, ladder: Ladder) -> StoppedBy:
     """Why an answer given now is not a deeper one.
 
-    `load` means that a deeper rung would have fitted, had the ticket not lost time to others. `deepest` includes that
-    deeper rungs exist but none makes the answer more accurate.
+    `load` means that a deeper rung would have fitted, had the ticket not lost time to others. `deepest`
+    includes that deeper rungs exist but none makes the answer more accurate.
     """
     if _is_content(ticket):
         return "confidence"
@@ -271,7 +279,8 @@ def admit(
     queue_s = sorted(ticket.ready_by_s for ticket in waiting if not ticket.columns_run)
     n_before = bisect_right(queue_s, ready_by_s)
     end_s = start_s + n_before * each_s + alone_s
-    # Those behind move back by one image: one that would have made it and no longer does was promised otherwise.
+    # Those behind move back by one image: one that would have made it and no longer does was promised
+    # otherwise.
     is_harmless = not any(
         start_s + n * each_s + alone_s <= other_s < start_s + (n + 1) * each_s + alone_s
         for n, other_s in enumerate(queue_s[n_before:], n_before)
@@ -294,7 +303,8 @@ def _is_content(ticket: Ticket) -> bool:
 def _best_way(ticket: Ticket, now_s: float, profile: LatencyProfile, ladder: Ladder) -> Improvement | None:
     """The most accurate answer that this ticket, served alone from now, is predicted to have in time.
 
-    Without an answer in hand the first run must not overrun, so it counts with its high quantile. Ties: the cheaper.
+    Without an answer in hand the first run must not overrun, so it counts with its high quantile. Ties: the
+    cheaper.
     """
     best: Improvement | None = None
     best_cost_s = 0.0

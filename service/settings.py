@@ -63,18 +63,21 @@ class Settings(BaseSettings):
     max_budget_ms: float = Field(
         10_000.0,
         gt=0,
-        description="Largest budget taken; above it 422. Larger: a request may hold its place in the queue longer.",
+        description="Largest budget taken; above it 422. Larger: a request may hold its place in the queue "
+        "longer.",
     )
     overhead_reserve_ms: float = Field(
         0.4,
         ge=0,
-        description="Part of each budget kept for waking up, building and writing the answer. Larger: fewer late "
+        description="Part of each budget kept for waking up, building and writing the answer. Larger: "
+        "fewer late "
         "answers, less time for deeper columns.",
     )
     write_reserve_ms: float = Field(
         0.1,
         ge=0,
-        description="Part of the above that comes after `deadline_met` is decided. Larger: answers sent in the last "
+        description="Part of the above that comes after `deadline_met` is decided. Larger: answers sent in "
+        "the last "
         "moment are called late more readily; smaller: one might be called met and be written too late.",
     )
     max_waiting: int = Field(
@@ -91,13 +94,15 @@ class Settings(BaseSettings):
     max_pixels: int = Field(
         16_000_000,
         ge=1,
-        description="Largest picture, judged before it is decoded; above it 413. Larger: each may cost 3 bytes a "
+        description="Largest picture, judged before it is decoded; above it 413. Larger: each may cost 3 "
+        "bytes a "
         "pixel and some 10 ns a pixel.",
     )
     body_timeout_s: float = Field(
         10.0,
         gt=0,
-        description="How long a body may take to arrive; above it 408. Larger: slow callers hold connections longer.",
+        description="How long a body may take to arrive; above it 408. Larger: slow callers hold "
+        "connections longer.",
     )
     max_connections: int = Field(
         1024, ge=1, description="Connections and requests at once; above it 503 at once. Larger: more memory."
@@ -115,11 +120,13 @@ class Settings(BaseSettings):
     intra_op_threads: int = Field(
         1,
         ge=1,
-        description="Threads within one run on a CPU. Larger: faster on idle cores, erratic when anything else runs.",
+        description="Threads within one run on a CPU. Larger: faster on idle cores, erratic when anything "
+        "else runs.",
     )
     batch_sizes: Annotated[tuple[int, ...], NoDecode] = Field(
         (1, 2, 4, 8),
-        description="Batch sizes that are warmed up and measured, e.g. `1,2,4,8`. Larger ones: more throughput where "
+        description="Batch sizes that are warmed up and measured, e.g. `1,2,4,8`. Larger ones: more "
+        "throughput where "
         "batching pays (GPUs), longer start-up.",
     )
     profile_seconds: float = Field(
@@ -131,11 +138,13 @@ class Settings(BaseSettings):
         0.95,
         gt=0.5,
         lt=1,
-        description="The high quantile of measured latencies that admission trusts. Larger: fewer late answers, more 429.",
+        description="The high quantile of measured latencies that admission trusts. Larger: fewer late "
+        "answers, more 429.",
     )
     profile_cache: Path | None = Field(
         default_factory=platform_cache,
-        description="Folder for measured latencies, so that a restart need not measure again; empty disables it.",
+        description="Folder for measured latencies, so that a restart need not measure again; empty "
+        "disables it.",
     )
     drain_timeout_s: float = Field(
         5.0,
@@ -173,7 +182,8 @@ def load(arguments: Sequence[str] = ()) -> Settings:
     """Read the settings from command line options (`--port 8001`), which win, and the environment.
 
     Raises:
-        SettingsError: a variable is unknown or a value is refused; the sentence names it and says what is wrong.
+        SettingsError: a variable is unknown or a value is refused; the sentence names it and says what is
+            wrong.
         SystemExit: `--help` was asked for, or an option is unknown (status 2).
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields}
@@ -182,7 +192,8 @@ def load(arguments: Sequence[str] = ()) -> Settings:
     )
     if unknown:
         raise SettingsError(
-            f"Unknown setting {', '.join(unknown)}: remove it or correct its name; known are {', '.join(sorted(known))}."
+            f"Unknown setting {', '.join(unknown)}: remove it or correct its name; known are "
+            f"{', '.join(sorted(known))}."
         )
     try:
         return CliApp.run(Settings, cli_args=list(arguments))

@@ -1,0 +1,112 @@
+"""Stand-ins that obey the contract of the real thing: an event loop in virtual time and a processor without a network.
+
+They share no code with what they test.
+"""
+
+import asyncio
+import selectors
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Result = TypeVar("Result")
+Behaviour = Literal["good", "raises", "short"]
+
+N_CLASSES = 256
+
+
+class _JumpingSelector(selectors.SelectSelector):
+    """Instead of waiting for a time to come, jumps to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if not ready:
+            if timeout is None:
+                raise RuntimeError("nothing is left that could ever happen: the code under test hangs")
+            self.now_s += max(0.0, timeout)
+        return ready
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock stands still while code runs and jumps to the next timer when none is ready."""
+
+    def __init__(self) -> None:
+        self._jumping = _JumpingSelector()
+        super().__init__(self._jumping)
+
+    def time(self) -> float:
+        return self._jumping.now_s
+
+
+def run_in_virtual_time(main: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+    """Run a coroutine as `asyncio.run` does, in virtual time; raises when it would hang."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(main())
+
+
+def picture(identity: int) -> NDArray[np.uint8]:
+    """An image_HWC that the fake processor recognises as this class."""
+    return np.full((1, 1, 3), identity, np.uint8)
+
+
+class FakeProcessor:
+    """Recognises `picture(i)` as class i, more surely by deeper columns; takes as long as it is told.
+
+    Args:
+        duration_s: By column and number of images.
+        behaviours: How the runs behave, one after the other; those after the last are good.
+    """
+
+    def __init__(self, duration_s: Callable[[str, int], float], behaviours: Sequence[Behaviour] = ()) -> None:
+        self._duration_s = duration_s
+        self._behaviours = list(behaviours)
+        self.runs: list[tuple[float, str, tuple[int, ...]]] = []
+        self.is_running = False
+
+    def start(
+        self, column: str, images_HWC: Sequence[NDArray[np.uint8]]
+    ) -> asyncio.Future[NDArray[np.float32]]:
+        assert not self.is_running, "the engine must not start a run while another is in progress"
+        self.is_running = True
+        loop = asyncio.get_running_loop()
+        identities = tuple(int(image[0, 0, 0]) for image in images_HWC)
+        self.runs.append((loop.time(), column, identities))
+        behaviour = self._behaviours.pop(0) if self._behaviours else "good"
+        done: asyncio.Future[NDArray[np.float32]] = loop.create_future()
+
+        def finish() -> None:
+            self.is_running = False
+            if behaviour == "raises":
+                done.set_exception(RuntimeError("this run was told to fail"))
+            else:
+                logits_NK = np.zeros((len(identities), N_CLASSES), np.float32)
+                logits_NK[range(len(identities)), identities] = 5.0 + int(column)
+                done.set_result(logits_NK[1:] if behaviour == "short" else logits_NK)
+
+        loop.call_later(self._duration_s(column, len(identities)), finish)
+        return done
+
+    def combine(
+        self, columns_run: tuple[str, ...], logits_K: Sequence[NDArray[np.float32]]
+    ) -> NDArray[np.float32]:
+        assert len(columns_run) == len(logits_K)
+        assert list(columns_run) == sorted(columns_run)
+        odds_K = np.exp(np.sum(logits_K, axis=0))
+        probabilities_K: NDArray[np.float32] = odds_K / odds_K.sum()
+        return probabilities_K
+
+
+ACCURACY: Mapping[tuple[str, ...], float] = {
+    ("1",): 0.80,
+    ("2",): 0.85,
+    ("3",): 0.90,
+    ("1", "2"): 0.87,
+    ("1", "3"): 0.91,
+    ("1", "2", "3"): 0.93,
+}
