@@ -292,8 +292,8 @@ class Engine:
             request.lost_s += elapsed_s * max(0.0, 1 - alone / together)
             request.waiting_since_s = now_s
         try:
-            logits_NK = done.result()
-            for request, logits_K in zip(run.batch, logits_NK, strict=True):
+            # All pairs before the first is used: rows of a result that is too short may be anyone's.
+            for request, logits_K in list(zip(run.batch, done.result(), strict=True)):
                 if not request.settled.done():
                     self._take_in(request, run.column, logits_K)
         except (Exception, asyncio.CancelledError):  # whatever a run raises fails this run alone
