@@ -1,0 +1,137 @@
+"""The toy artifact, and the whole server behind a real socket."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+import pytest
+import uvicorn
+
+from service.api import Service
+from service.inference import Inference, load
+from service.scheduling import Latency, LatencyProfile
+from service.settings import Settings
+from tests.service import toy_artifact
+
+BATCH_SIZES = (1, 2, 4)
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_artifact.write(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="session")
+def inference(artifact: Path) -> Inference:
+    return load(artifact, provider="cpu", intra_op_threads=1, batch_sizes=BATCH_SIZES)
+
+
+def profile_of(seconds: float) -> LatencyProfile:
+    """Says that every run takes this long, whatever it really takes."""
+    latency = Latency(seconds, seconds)
+    return LatencyProfile({column: dict.fromkeys(BATCH_SIZES, latency) for column in toy_artifact.COLUMNS})
+
+
+@dataclass
+class Running:
+    """A server in a thread of its own, and a client that keeps its connection."""
+
+    service: Service
+    loop: asyncio.AbstractEventLoop
+    address: tuple[str, int]
+    client: httpx.Client
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.address)
+
+    def on_loop(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
+    def metric(self, series: str) -> float:
+        for line in self.client.get("/metrics").text.splitlines():
+            if line.startswith(series + " "):
+                return float(line.rpartition(" ")[2])
+        raise KeyError(series)
+
+    def wait_for(self, series: str, value: float) -> None:
+        """Ask until a metric has this value; the test's own timeout ends it otherwise."""
+        while self.metric(series) != value:
+            pass
+
+
+class _Server(uvicorn.Server):
+    """Says when it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = threading.Event()
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.loop = asyncio.get_running_loop()
+        self.listening.set()
+
+
+@dataclass
+class Launcher:
+    """Starts servers and stops them at the end of the test or module."""
+
+    inference: Inference
+    stack: contextlib.ExitStack
+
+    def __call__(
+        self,
+        *,
+        inference: Inference | None = None,
+        profile: LatencyProfile | None = None,
+        **settings: Any,
+    ) -> Running:
+        chosen = Settings(_env_file=None, **{"profile_cache": None, **settings})
+        service = Service(
+            chosen,
+            inference or self.inference,
+            ThreadPoolExecutor(1, "inference"),
+            profile or profile_of(1e-5),
+        )
+        listener = socket.create_server(("127.0.0.1", 0))
+        server = _Server(uvicorn.Config(service, log_config=None, lifespan="on", access_log=False))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        self.stack.callback(thread.join)
+        self.stack.callback(setattr, server, "should_exit", True)
+        assert server.listening.wait(30)
+        assert server.loop is not None
+        address = listener.getsockname()
+        client = httpx.Client(base_url=f"http://127.0.0.1:{address[1]}", timeout=30, trust_env=False)
+        self.stack.callback(client.close)
+        return Running(service, server.loop, address, client)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+
+@pytest.fixture
+def launch(inference: Inference) -> Iterator[Launcher]:
+    with Launcher(inference, contextlib.ExitStack()) as launcher:
+        yield launcher
+
+
+@pytest.fixture(scope="module")
+def server(inference: Inference) -> Iterator[Running]:
+    """One ordinary server for all tests of a module that only ask."""
+    with Launcher(inference, contextlib.ExitStack()) as launcher:
+        yield launcher()
+
+
+Launch = Callable[..., Running]
