@@ -1,0 +1,83 @@
+"""The measurement of an artifact: table, picture, and the curve between."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import evaluate
+from model import export as exporting
+from model.calibrate import Measured, measure, recalibrated
+from model.evaluate import Artifact, Point
+from model.export import export
+from tests.model.small import a_checkpoint, a_dataset, a_network
+
+
+def a_point(*columns: str, accuracy: float = 0.5) -> Point:
+    return Point(columns, 10 * len(columns), 0.001, Measured(accuracy, 1.0, 0.0))
+
+
+def test_accuracy_of_the_artifact_is_that_of_the_network(tmp_path: Path) -> None:
+    dataset = a_dataset()
+    export(a_checkpoint(dataset), dataset, tmp_path / "a", name="n", version="1")
+    artifact = Artifact(tmp_path / "a")
+
+    points, taken = evaluate.evaluate(artifact, dataset.test)
+
+    assert set(taken) == {"1", "2"}
+    by_columns = {point.columns: point for point in points}
+    said = artifact.manifest["test"]["accuracy"]
+    assert {"+".join(c): round(p.measured.accuracy, 6) for c, p in by_columns.items()} == said
+    with torch.no_grad():
+        net = recalibrated(a_network(0), dataset)
+        of = {str(k): net.column(k)(dataset.normalise(dataset.test.images_NCHW)) for k in (1, 2)}
+    for combination in artifact.combinations:
+        expected = measure(combination.log_probabilities(of), dataset.test.labels_N)
+        assert abs(by_columns[combination.columns].measured.nll - expected.nll) < 1e-4
+    assert by_columns["1",].macs == artifact.rungs["1"]["macs"]
+
+
+def test_refinement_adds_a_column_at_a_time_and_skips_what_does_not_pay() -> None:
+    everything = [("1",), ("2",), ("1", "2"), ("3",), ("1", "3"), ("2", "3"), ("1", "2", "3")]
+    path = evaluate.ladder([a_point(*columns) for columns in everything])
+
+    assert [p.columns for p in path] == [("1",), ("1", "2"), ("1", "2", "3")]
+    points = [a_point("1"), a_point("2"), a_point("3"), a_point("1", "3")]
+    assert [p.columns for p in evaluate.ladder(points)] == [("1",), ("1", "3")]
+
+
+def test_table_and_picture_are_written_and_repeatable(tmp_path: Path) -> None:
+    dataset = a_dataset()
+    export(a_checkpoint(dataset), dataset, tmp_path / "a", name="n", version="1")
+    artifact = Artifact(tmp_path / "a")
+    points, taken = evaluate.evaluate(artifact, dataset.test)
+
+    text = evaluate.table(artifact, points, taken, len(dataset.test))
+    for name in ("one.svg", "two.svg"):
+        evaluate.picture(artifact, points, tmp_path / name)
+
+    assert "| 1+2 |" in text or len(points) == 2
+    assert "40 test images of small" in text
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+
+
+def test_a_folder_without_a_manifest_is_no_artifact(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate.main(["--artifact", str(tmp_path)]) == 1
+    assert "is no artifact" in capsys.readouterr().err
+
+
+def test_the_command_measures_a_folder_of_pictures(
+    finished_run: Path, pictures: Path, tmp_path: Path
+) -> None:
+    artifact, curve = str(tmp_path / "artifact"), tmp_path / "curve"
+    of_pictures = ["--data", str(pictures)]
+    checkpoint = str(finished_run / "checkpoint.pt")
+    exporting.main(["--checkpoint", checkpoint, *of_pictures, "--out", artifact, "--name", "n"])
+
+    code = evaluate.main(["--artifact", artifact, *of_pictures, "--out", str(curve)])
+
+    assert code == 0
+    assert curve.with_suffix(".md").read_text().startswith("12 test images of folder")
+    assert curve.with_suffix(".svg").read_text().startswith("<?xml")
