@@ -9,7 +9,9 @@ import http.client
 import io
 import pickle
 import tarfile
+import tempfile
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -216,15 +218,11 @@ def _read_cifar(
     root = folder / inside
     if not root.is_dir():
         path = _fetch(archive, folder)
-        unpacked = (
-            folder / f"{inside}.part"
-        )  # beside, then renamed: what was cut off is never taken for whole
-        try:
-            with tarfile.open(path) as tar:
-                tar.extractall(unpacked, filter="data")
-            (unpacked / inside).replace(root)
-            unpacked.rmdir()
-        except (tarfile.TarError, OSError, EOFError) as error:
+        try:  # beside, then renamed: what was cut off is never taken for whole
+            with tempfile.TemporaryDirectory(dir=folder) as beside, tarfile.open(path) as tar:
+                tar.extractall(beside, filter="data")
+                Path(beside, inside).replace(root)
+        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
             raise DataError(
                 f"{path} cannot be unpacked ({error}): remove it to have it downloaded anew"
             ) from error
@@ -295,7 +293,7 @@ def area_crop(picture: Image.Image, size: int) -> NDArray[np.uint8]:
         rgba = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     rgb = upright.convert("RGB")
-    how = Image.Resampling.BOX if min(rgb.size) >= size else Image.Resampling.BICUBIC
+    how = Image.Resampling.BOX if min(rgb.size) > size else Image.Resampling.BICUBIC
     return np.asarray(rgb if rgb.size == (size, size) else ImageOps.fit(rgb, (size, size), how))
 
 

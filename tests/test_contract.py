@@ -1,0 +1,68 @@
+"""Where model and service meet: what the one exports, the other serves, and both see the same picture."""
+
+import asyncio
+import io
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model import data
+from model.calibrate import recalibrated
+from model.evaluate import Artifact
+from model.export import channels_last, export
+from service import inference
+from service.decoding import Decoder
+from tests.model.small import a_checkpoint, a_dataset
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    dataset = a_dataset()
+    out = tmp_path_factory.mktemp("contract") / "artifact"
+    export(a_checkpoint(dataset), dataset, out, name="small", version="1", with_joined=True)
+    return out
+
+
+def test_an_exported_net_is_served_with_the_same_probabilities(folder: Path) -> None:
+    dataset = a_dataset()
+    net = recalibrated(a_checkpoint(dataset).network(), dataset)
+    with torch.no_grad():
+        of = {name: n(dataset.normalise(dataset.test.images_NCHW)) for name, n in net.networks().items()}
+    served = inference.load(folder, provider="cpu", intra_op_threads=1, batch_sizes=(1,))
+    images_NHWC = channels_last(dataset.test.images_NCHW).numpy()
+    logits = {column: served.run(column, images_NHWC) for column in of}
+
+    for combination in Artifact(folder).combinations:
+        expected_NK = combination.log_probabilities(of).exp().numpy()
+        for row, expected_K in enumerate(expected_NK):
+            got_K = served.combine(combination.columns, [logits[c][row] for c in combination.columns])
+            np.testing.assert_allclose(got_K, expected_K, atol=1e-4)
+
+
+def test_the_ladder_of_the_server_is_that_of_the_manifest(folder: Path) -> None:
+    manifest = Artifact(folder).manifest
+    ladder = inference.read_manifest(folder)[0].ladder()
+
+    assert list(ladder.columns) == [rung["column"] for rung in manifest["rungs"]]
+    for combination in manifest["combinations"]:
+        assert ladder.accuracy(tuple(combination["columns"])) == combination["accuracy"]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (32, 48), (33, 32), (90, 61), (20, 7), (31, 40)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "LA"])
+def test_training_and_serving_see_the_same_picture(size: tuple[int, int], mode: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
+    picture = Image.fromarray(pixels, "RGBA").convert("RGB" if mode == "P" else "RGBA").convert(mode)
+    png = io.BytesIO()
+    picture.save(png, "PNG")
+
+    with ThreadPoolExecutor(1) as threads:
+        decoder = Decoder(height=32, width=32, max_pixels=10**6, threads=threads)
+        served = asyncio.run(decoder.decode("image/png", png.getvalue()))
+    trained_on = data.area_crop(Image.open(png), 32)
+
+    np.testing.assert_array_equal(served, trained_on)
