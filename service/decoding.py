@@ -102,7 +102,7 @@ class Decoder:
             picture = Image.open(io.BytesIO(body), formats=FORMATS)
         except UnidentifiedImageError as error:
             raise UnsupportedType("The content is no PNG, JPEG or WebP: convert it.") from error
-        except Image.DecompressionBombError as error:
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise TooLarge(f"The picture has more than {self._max_pixels} pixels: scale it down.") from error
         except Exception as error:  # Pillow raises many kinds for a damaged header
             raise Malformed(f"The picture's header cannot be read ({error}): send the file whole.") from error
@@ -114,7 +114,7 @@ class Decoder:
         return picture
 
     def _fit(self, picture: Image.Image) -> NDArray[np.uint8]:
-        """Decode, orient and bring to the network's size: the largest centred part of its shape, box-filtered."""
+        """Decode, orient, and bring the largest centred part of the network's shape to its size."""
         try:
             if picture.format == "JPEG":
                 margin = JPEG_SCALE_MARGIN * max(self._height, self._width)

@@ -4,8 +4,8 @@ Must not know of clocks, I/O, asyncio, arrays or HTTP: the server and a simulato
 
 The shallowest column is mandatory and every deeper one optional (imprecise computation: see Liu et al.,
 "Algorithms for scheduling imprecise computations", IEEE Computer 1991). A prediction uses the high quantile
-of measured latency where a safer choice remains (to admit, to batch, to open with a deep column) and the likely
-latency where it does not.
+of measured latency where a safer choice remains (to admit, to batch, to open with a deep column) and the
+likely latency where it does not.
 """
 
 from bisect import bisect_left, bisect_right

@@ -1,4 +1,4 @@
-"""Stand-ins that obey the contract of the real thing: an event loop in virtual time and a processor without a network.
+"""Stand-ins that obey the contract of the real thing: an event loop in virtual time, a fake processor.
 
 They share no code with what they test.
 """
@@ -34,7 +34,7 @@ class _JumpingSelector(selectors.SelectSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock stands still while code runs and jumps to the next timer when none is ready."""
+    """An event loop whose clock stands still while code runs and jumps to the next timer."""
 
     def __init__(self) -> None:
         self._jumping = _JumpingSelector()

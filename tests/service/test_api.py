@@ -1,4 +1,4 @@
-"""The HTTP contract through a real socket: the answer, every status, and what a departing caller sets in motion."""
+"""The HTTP contract through a real socket: the answer, every status, and what a departing caller causes."""
 
 import base64
 import io

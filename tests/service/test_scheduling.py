@@ -295,7 +295,7 @@ def test_law_load_is_blamed_only_on_lost_time(
 def test_law_a_request_alone_leaves_no_accuracy_on_the_table(
     slack_s: float, profile: LatencyProfile, ladder: Ladder
 ) -> None:
-    """Played to the end with every run taking its median: at least as accurate as any column that safely fits."""
+    """If every run takes its median, the answer is at least as accurate as any column that safely fits."""
     alone, now_s = Ticket(slack_s), 0.0
     while (decided := plan([alone], now_s, profile, ladder)).column is not None:
         now_s += profile.latency(decided.column, 1).median_s

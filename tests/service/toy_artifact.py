@@ -1,7 +1,7 @@
 """A tiny artifact without training and without torch: real ONNX graphs whose answers are easy to foresee.
 
-Column k's logits are a fixed random projection of the picture, so columns differ, answers depend on every pixel, and
-deeper columns cost more (they multiply by an identity `WORK[k]` times).
+Column k's logits are a fixed random projection of the picture, so columns differ, answers depend on every
+pixel, and deeper columns cost more (they multiply by an identity `WORK[k]` times).
 """
 
 import hashlib
@@ -55,7 +55,7 @@ def graph(column: str, *, output: str = "logits_NK", height: int = HEIGHT) -> by
         ir_version=10,
     )
     onnx.checker.check_model(model)
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 def manifest(graphs: dict[str, bytes]) -> dict[str, Any]:

@@ -1,0 +1,203 @@
+"""Every body type and every bound; resizing against an oracle of plain arrays."""
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import random
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from service.decoding import INLINE_BYTES, Decoder
+from service.errors import Malformed, Problem, TooLarge, UnsupportedType
+
+SIDE = 32
+PIXELS = np.random.default_rng(3).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Iterator[Decoder]:
+    with ThreadPoolExecutor(1) as threads:
+        yield Decoder(height=SIDE, width=SIDE, max_pixels=1_000_000, threads=threads)
+
+
+def decode(decoder: Decoder, content_type: str, body: bytes) -> NDArray[np.uint8]:
+    return asyncio.run(decoder.decode(content_type, body))
+
+
+def encoded(picture: Image.Image | NDArray[np.uint8], kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def form(*parts: tuple[str, str, bytes]) -> bytes:
+    body = b"".join(
+        f'--xyz\r\nContent-Disposition: form-data; name="{name}"{extra}\r\n\r\n'.encode() + content + b"\r\n"
+        for name, extra, content in parts
+    )
+    return body + b"--xyz--\r\n"
+
+
+FORM = "multipart/form-data; boundary=xyz"
+AS_FILE = '; filename="a.png"'
+
+
+def test_a_picture_of_the_right_size_passes_untouched(decoder: Decoder) -> None:
+    as_json = json.dumps({"image": base64.b64encode(encoded(PIXELS)).decode()}).encode()
+    for content_type, body in (
+        ("image/png", encoded(PIXELS)),
+        ("IMAGE/PNG; q=1", encoded(PIXELS)),
+        ("image/webp", encoded(PIXELS, "WEBP", lossless=True)),
+        ("application/octet-stream", PIXELS.tobytes()),
+        ("application/json", as_json),
+        (FORM, form(("note", "", b"hello"), ("image", AS_FILE, encoded(PIXELS)))),
+        (FORM, form(("image", "", encoded(PIXELS)))),
+    ):
+        image_HWC = decode(decoder, content_type, body)
+        assert image_HWC.dtype == np.uint8
+        np.testing.assert_array_equal(image_HWC, PIXELS)
+
+
+def test_jpeg_is_close(decoder: Decoder) -> None:
+    flat = np.full((SIDE, SIDE, 3), (10, 120, 230), np.uint8)
+    image_HWC = decode(decoder, "image/jpeg", encoded(flat, "JPEG", quality=95))
+    assert np.abs(image_HWC.astype(int) - flat).max() <= 4
+
+
+def test_shrinking_is_the_mean_of_the_centred_square(decoder: Decoder) -> None:
+    wide = np.random.default_rng(4).integers(0, 256, (4 * SIDE, 6 * SIDE, 3), np.uint8)
+    square = wide[:, SIDE : 5 * SIDE].astype(float)
+    means = square.reshape(SIDE, 4, SIDE, 4, 3).mean(axis=(1, 3))
+    image_HWC = decode(decoder, "image/png", encoded(wide))
+    assert np.abs(image_HWC - means).max() <= 1
+
+
+def test_a_large_jpeg_shrinks_to_the_same_means(decoder: Decoder) -> None:
+    smooth = np.linspace(0, 255, 32 * SIDE)[:, None] * np.ones((1, 24 * SIDE))
+    tall = np.stack([smooth, smooth[::-1], smooth / 2], axis=-1).astype(np.uint8)
+    square = tall[4 * SIDE : 28 * SIDE].astype(float)
+    means = square.reshape(SIDE, 24, SIDE, 24, 3).mean(axis=(1, 3))
+    body = encoded(tall, "JPEG", quality=95)
+    assert np.abs(decode(decoder, "image/jpeg", body) - means).max() <= 3
+
+
+def test_enlarging_keeps_the_colours(decoder: Decoder) -> None:
+    tiny = np.full((5, 9, 3), (200, 30, 60), np.uint8)
+    assert (decode(decoder, "image/png", encoded(tiny)) == (200, 30, 60)).all()
+
+
+def test_the_orientation_of_a_photograph_is_applied(decoder: Decoder) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    body = encoded(PIXELS, "PNG", exif=exif)
+    np.testing.assert_array_equal(decode(decoder, "image/png", body), np.rot90(PIXELS, -1))
+
+
+@pytest.mark.parametrize(
+    ("picture", "colour"),
+    [
+        pytest.param(Image.new("L", (40, 40), 77), (77, 77, 77), id="grey"),
+        pytest.param(Image.new("RGBA", (40, 40), (255, 0, 0, 0)), (255, 255, 255), id="transparent"),
+        pytest.param(Image.new("RGBA", (40, 40), (200, 0, 0, 255)), (200, 0, 0), id="opaque"),
+        pytest.param(Image.new("LA", (40, 40), (9, 0)), (255, 255, 255), id="transparent grey"),
+        pytest.param(Image.new("1", (40, 40), 1), (255, 255, 255), id="black and white"),
+        pytest.param(Image.new("P", (40, 40), 0), (0, 0, 0), id="palette"),
+        pytest.param(
+            Image.fromarray(np.full((40, 40), 0x8123, np.uint16)), (0x81, 0x81, 0x81), id="16-bit grey"
+        ),
+    ],
+)
+def test_every_mode_becomes_rgb(decoder: Decoder, picture: Image.Image, colour: tuple[int, ...]) -> None:
+    assert (decode(decoder, "image/png", encoded(picture)) == colour).all()
+
+
+def test_cmyk_becomes_rgb(decoder: Decoder) -> None:
+    body = encoded(Image.new("CMYK", (40, 40), (0, 0, 0, 0)), "JPEG")
+    assert (decode(decoder, "image/jpeg", body) == 255).all()
+
+
+def test_large_pictures_are_decoded_off_the_loop(decoder: Decoder) -> None:
+    noise = np.random.default_rng(5).integers(0, 256, (200, 200, 3), np.uint8)
+    assert len(encoded(noise)) > INLINE_BYTES
+    assert decode(decoder, "image/png", encoded(noise)).shape == (SIDE, SIDE, 3)
+
+
+PNG = encoded(PIXELS)
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "problem", "says"),
+    [
+        ("", PNG, UnsupportedType, "missing"),
+        ("text/plain", PNG, UnsupportedType, "text/plain"),
+        ("image/gif", encoded(PIXELS, "GIF"), UnsupportedType, "image/gif"),
+        ("image/png", encoded(PIXELS, "GIF"), UnsupportedType, "convert"),
+        ("image/png", encoded(PIXELS, "BMP"), UnsupportedType, "convert"),
+        ("image/png", b"", Malformed, "empty"),
+        ("image/png", PNG[: len(PNG) // 2], Malformed, "whole"),
+        ("image/png", PNG[:20], Malformed, "whole"),
+        ("image/jpeg", encoded(PIXELS, "JPEG")[:-200], Malformed, "whole"),
+        ("image/webp", encoded(PIXELS, "WEBP")[:-200], Malformed, "whole"),
+        ("image/png", encoded(np.zeros((1001, 1000, 3), np.uint8)), TooLarge, "1000 x 1001"),
+        ("application/octet-stream", PIXELS.tobytes()[1:], Malformed, "3072 bytes"),
+        ("application/octet-stream", PIXELS.tobytes() + b"x", Malformed, "3072 bytes"),
+        ("application/json", b"{", Malformed, "no JSON"),
+        ("application/json", b"[]", Malformed, "one field"),
+        ("application/json", b'{"image": 3}', Malformed, "one field"),
+        ("application/json", b'{"image": "", "x": 1}', Malformed, "one field"),
+        ("application/json", b'{"image": "ab!?"}', Malformed, "no base64"),
+        ("application/json", b'{"image": "\xc3\xa9"}', Malformed, "no base64"),
+        ("application/json", b'{"image": ""}', Malformed, "empty"),
+        ("multipart/form-data", form(("image", AS_FILE, PNG)), Malformed, "boundary"),
+        (FORM, b"nothing", Malformed, "form"),
+        (FORM, form(("picture", AS_FILE, PNG)), Malformed, "0 fields"),
+        (FORM, form(("image", AS_FILE, PNG), ("image", AS_FILE, PNG)), Malformed, "2 fields"),
+        (FORM, form(("image", AS_FILE, PNG))[:-200], Malformed, "0 fields"),
+    ],
+)
+def test_refusals_say_what_to_do(
+    decoder: Decoder, content_type: str, body: bytes, problem: type[Problem], says: str
+) -> None:
+    with pytest.raises(problem, match=says):
+        decode(decoder, content_type, body)
+
+
+@pytest.mark.parametrize("side", [1_001, 10_000, 60_000])
+def test_a_bomb_is_refused_by_its_header(decoder: Decoder, side: int) -> None:
+    """A few hundred bytes that claim millions of pixels: nothing of it may be decoded."""
+    bomb = bytearray(encoded(Image.new("1", (8, 8))))
+    bomb[16:24] = side.to_bytes(4, "big") * 2
+    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
+    with pytest.raises(TooLarge, match="scale it down"):
+        decode(decoder, "image/png", bytes(bomb))
+
+
+@given(st.binary(max_size=300), st.integers(0, 2**32))
+def test_law_no_bytes_lead_to_anything_but_an_image_or_a_problem(noise: bytes, seed: int) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        decoder = Decoder(height=SIDE, width=SIDE, max_pixels=1_000_000, threads=threads)
+        damaged = bytearray(PNG)
+        rng = random.Random(seed)
+        for _ in range(3):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        for content_type, body in (
+            ("image/png", noise),
+            ("image/png", PNG[:33] + noise),
+            ("image/jpeg", bytes(damaged)),
+            (FORM, b"--xyz\r\n" + noise),
+            ("application/json", noise),
+        ):
+            with contextlib.suppress(Problem):
+                assert decode(decoder, content_type, body).shape == (SIDE, SIDE, 3)

@@ -1,0 +1,40 @@
+"""Statuses, titles and outcomes that callers and dashboards rely on."""
+
+import pytest
+
+from service.errors import OUTCOMES, Problem, Rejected
+
+
+def test_statuses_titles_and_outcomes_are_frozen() -> None:
+    assert {(kind.status, kind.title, kind.outcome) for kind in Problem.__subclasses__()} == {
+        (400, "Malformed request", "invalid"),
+        (404, "Not found", "invalid"),
+        (405, "Method not allowed", "invalid"),
+        (408, "Body too slow", "invalid"),
+        (413, "Too large", "invalid"),
+        (415, "Unsupported media type", "invalid"),
+        (422, "Parameter out of range", "invalid"),
+        (429, "Not in time", "rejected"),
+        (500, "Inference failed", "failed"),
+        (503, "Not serving", "stopped"),
+        (504, "Deadline passed", "expired"),
+    }
+    frozen = ("answered", "late", "rejected", "expired", "failed", "stopped", "disconnected", "invalid")
+    assert frozen == OUTCOMES
+
+
+def test_each_status_means_one_outcome() -> None:
+    """The edge counts by status: two problem types that share one would be told apart no more."""
+    kinds = Problem.__subclasses__()
+    assert len({kind.status for kind in kinds}) == len(kinds)
+
+
+@pytest.mark.parametrize(
+    ("retry_after_s", "seconds", "milliseconds"),
+    [(0.0, "1", "1"), (0.0123, "1", "13"), (1.0, "1", "1000"), (1.001, "2", "1001")],
+)
+def test_the_retry_headers_never_promise_too_early(
+    retry_after_s: float, seconds: str, milliseconds: str
+) -> None:
+    headers = Rejected("Not now.", retry_after_s).headers
+    assert headers == {"retry-after": seconds, "retry-after-ms": milliseconds}

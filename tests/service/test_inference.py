@@ -1,0 +1,228 @@
+"""Loading refuses what is not the artifact it claims to be; running gives checked logits."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+
+from service.inference import ArtifactError, Inference, InferenceError, Manifest, load
+from tests.service import toy_artifact
+from tests.service.conftest import BATCH_SIZES
+
+IMAGES_NHWC = np.random.default_rng(2).integers(
+    0, 256, (7, toy_artifact.HEIGHT, toy_artifact.WIDTH, 3), np.uint8
+)
+
+
+def load_cpu(folder: Path, provider: Any = "cpu") -> Inference:
+    return load(folder, provider=provider, intra_op_threads=1, batch_sizes=BATCH_SIZES)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_each_column_gives_one_row_per_image_in_order(inference: Inference, n: int) -> None:
+    for column in toy_artifact.COLUMNS:
+        logits_NK = inference.run(column, IMAGES_NHWC[:n])
+        by_hand_NK = IMAGES_NHWC[:n].reshape(n, -1) / 255.0 @ toy_artifact.projection(column)
+        np.testing.assert_allclose(logits_NK, by_hand_NK, rtol=1e-4, atol=1e-4)
+
+
+def test_the_answer_is_the_geometric_ensemble_of_the_columns_that_ran(inference: Inference) -> None:
+    rows = [inference.run(column, IMAGES_NHWC[:1])[0] for column in ("1", "3")]
+    log_p = [row - np.log(np.exp(row.astype(np.float64)).sum()) for row in rows]
+    odds = np.exp((0.5 * log_p[0] + 0.5 * log_p[1]) / 2.0)
+    np.testing.assert_allclose(inference.combine(("1", "3"), rows), odds / odds.sum(), rtol=1e-4)
+
+
+def test_the_bias_is_added_after_the_temperature(artifact: Path) -> None:
+    described = json.loads((artifact / "manifest.json").read_text())
+    described["combinations"][0]["bias"] = [0.0, 0.0, 3.0, 0.0, 0.0]
+    manifest = Manifest.model_validate_json(json.dumps(described))
+    inference = Inference(manifest, {}, provider="cpu", sha256="0" * 64)
+    odds = np.exp([0.0, 0.0, 3.0, 0.0, 0.0])
+    np.testing.assert_allclose(
+        inference.combine(("1",), [np.zeros(5, np.float32)]), odds / odds.sum(), rtol=1e-5
+    )
+
+
+def test_a_combination_that_was_not_measured_is_answered_by_its_deepest_column(inference: Inference) -> None:
+    rows = [inference.run(column, IMAGES_NHWC[:1])[0] for column in ("2", "3")]
+    np.testing.assert_array_equal(inference.combine(("2", "3"), rows), inference.combine(("3",), rows[1:]))
+
+
+def test_huge_logits_still_give_probabilities(inference: Inference) -> None:
+    probabilities_K = inference.combine(("1",), [np.array([1e30, -1e30, 0, 0, 0], np.float32)])
+    assert probabilities_K.tolist() == [1, 0, 0, 0, 0]
+
+
+class ScriptedSession:
+    """Gives what it is told, and remembers what it was asked."""
+
+    def __init__(self, answer: Callable[[int], Any]) -> None:
+        self._answer = answer
+        self.n_images: list[int] = []
+
+    def run(self, _: list[str], inputs: dict[str, NDArray[np.uint8]], /) -> list[Any]:
+        self.n_images.append(len(inputs["images_NHWC"]))
+        return [self._answer(len(inputs["images_NHWC"]))]
+
+
+def scripted(inference: Inference, session: ScriptedSession, **options: Any) -> Inference:
+    return Inference(inference.manifest, {"1": session}, provider="cpu", sha256="0" * 64, **options)
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        pytest.param(lambda n: np.zeros((n - 1, 5), np.float32), "shape", id="a row short"),
+        pytest.param(lambda n: np.zeros((n, 4), np.float32), "shape", id="a label short"),
+        pytest.param(lambda n: np.full((n, 5), np.nan, np.float32), "finite", id="not a number"),
+        pytest.param(lambda n: np.full((n, 5), np.inf, np.float32), "finite", id="infinite"),
+    ],
+)
+def test_unusable_logits_are_an_error(
+    inference: Inference, answer: Callable[[int], NDArray[np.float32]], says: str
+) -> None:
+    with pytest.raises(InferenceError, match=says):
+        scripted(inference, ScriptedSession(answer)).run("1", IMAGES_NHWC[:2])
+
+
+def test_padding_reaches_the_next_size_and_never_the_caller(inference: Inference) -> None:
+    session = ScriptedSession(lambda n: np.arange(n * 5, dtype=np.float32).reshape(n, 5))
+    padded = scripted(inference, session, padded_sizes=(1, 4))
+    assert len(padded.run("1", IMAGES_NHWC[:3])) == 3
+    assert len(padded.run("1", IMAGES_NHWC[:1])) == 1
+    assert session.n_images == [4, 1]
+
+
+def test_a_graph_that_gives_nonsense_is_found_when_warming_up(inference: Inference) -> None:
+    with pytest.raises(ArtifactError, match="Column 1 cannot be run on 1 images"):
+        scripted(inference, ScriptedSession(lambda n: np.full((n, 5), np.nan, np.float32))).warm_up((1, 2))
+
+
+# ---- refusals ----
+
+
+def test_the_session_runs_on_what_was_asked_for(artifact: Path) -> None:
+    assert load_cpu(artifact).provider == "cpu"
+
+
+@pytest.mark.skipif(any(Path("/dev").glob("nvidia[0-9]*")), reason="needs a machine without a GPU")
+def test_cuda_is_never_silently_replaced(artifact: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert load_cpu(artifact, "auto").provider == "cpu"
+    with pytest.raises(ArtifactError, match="ANYTIME_PROVIDER=cpu"):
+        load_cpu(artifact, "cuda")
+
+
+def test_a_missing_artifact_says_what_to_set(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="ANYTIME_ARTIFACT"):
+        load_cpu(tmp_path)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    path = folder / "manifest.json"
+    described = json.loads(path.read_text())
+    change(described)
+    path.write_text(json.dumps(described))
+    return folder
+
+
+def put(*keys: str | int, value: object) -> Callable[[dict[str, Any]], None]:
+    def change(described: dict[str, Any]) -> None:
+        place: Any = described
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (put("format", value=2), "format"),
+        (put("labels", value=["one"]), "labels"),
+        (put("input", "dtype", value="float32"), "input.dtype"),
+        (put("input", "height", value="8"), "input.height"),
+        (put("rungs", value=[]), "rungs"),
+        (put("rungs", 0, "sha256", value="abc"), "rungs.0.sha256"),
+        (put("rungs", 0, "accuracy", value=80.0), "rungs.0.accuracy"),
+        (put("rungs", 0, "file", value="../column-1.onnx"), "plain name"),
+        (put("rungs", 0, "file", value="/etc/passwd"), "plain name"),
+        (put("rungs", 0, "file", value=".."), "plain name"),
+        (put("rungs", 1, "column", value="1"), "share a column"),
+        (put("combinations", 3, "columns", value=["2", "1"]), "increasing"),
+        (put("combinations", 3, "columns", value=["1", "9"]), "increasing"),
+        (put("combinations", 3, "weights", value=[1.0]), "one weight per column"),
+        (put("combinations", 0, "bias", value=[0.0, 0.0]), "one bias per label"),
+        (put("combinations", 0, "temperature", value=0.0), "temperature"),
+        (put("combinations", value=[]), "no combination of its own"),
+    ],
+)
+def test_a_wrong_manifest_is_refused_by_the_place(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], says: str
+) -> None:
+    with pytest.raises(ArtifactError, match=says):
+        load_cpu(rewrite(toy_artifact.write(tmp_path), change))
+
+
+def test_a_manifest_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ArtifactError, match="not a usable manifest"):
+        load_cpu(tmp_path)
+
+
+def test_an_altered_file_is_refused(tmp_path: Path) -> None:
+    toy_artifact.write(tmp_path)
+    path = tmp_path / "column-2.onnx"
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(ArtifactError, match=r"column-2\.onnx is not the file its manifest describes"):
+        load_cpu(tmp_path)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    toy_artifact.write(tmp_path)
+    (tmp_path / "column-2.onnx").unlink()
+    with pytest.raises(ArtifactError, match=r"column-2\.onnx of column 2 cannot be read"):
+        load_cpu(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        pytest.param(b"no graph", "no graph that onnxruntime can load", id="no graph"),
+        pytest.param(toy_artifact.graph("1", output="scores"), "the one output logits_NK", id="other output"),
+        pytest.param(toy_artifact.graph("1", height=9), "the one input images_NHWC", id="other shape"),
+    ],
+)
+def test_a_graph_that_is_not_what_the_manifest_says_is_refused(
+    tmp_path: Path, content: bytes, says: str
+) -> None:
+    toy_artifact.write(tmp_path)
+    (tmp_path / "column-1.onnx").write_bytes(content)
+    rewrite(tmp_path, put("rungs", 0, "sha256", value=hashlib.sha256(content).hexdigest()))
+    with pytest.raises(ArtifactError, match=says):
+        load_cpu(tmp_path)
+
+
+def test_fields_of_a_newer_writer_are_ignored(tmp_path: Path) -> None:
+    rewrite(toy_artifact.write(tmp_path), put("colour", value="blue"))
+    assert load_cpu(tmp_path).manifest.name == "toy"
+
+
+@pytest.mark.gpu
+def test_cuda_gives_the_same_answers(artifact: Path, inference: Inference) -> None:
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has no CUDA")
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        pytest.skip("no GPU here")
+    on_gpu = load_cpu(artifact, "cuda")
+    for column in toy_artifact.COLUMNS:
+        np.testing.assert_allclose(
+            on_gpu.run(column, IMAGES_NHWC[:3]), inference.run(column, IMAGES_NHWC[:3]), rtol=1e-2, atol=1e-2
+        )

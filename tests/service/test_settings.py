@@ -1,0 +1,85 @@
+"""What an operator relies on: names, defaults, and a sentence for every mistake."""
+
+from pathlib import Path
+
+import pytest
+
+from service.settings import Settings, SettingsError, embedded_artifact, load
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+
+
+def test_names_and_defaults_are_frozen() -> None:
+    chosen = Settings().model_dump()
+    del chosen["profile_cache"]  # depends on the platform
+    assert chosen == {
+        "artifact": embedded_artifact(),
+        "host": "127.0.0.1",
+        "port": 8000,
+        "log_level": "info",
+        "default_budget_ms": 50.0,
+        "min_budget_ms": 0.1,
+        "max_budget_ms": 10_000.0,
+        "overhead_reserve_ms": 0.4,
+        "write_reserve_ms": 0.1,
+        "max_waiting": 512,
+        "max_body_bytes": 1_048_576,
+        "max_pixels": 16_000_000,
+        "body_timeout_s": 10.0,
+        "max_connections": 1024,
+        "decode_threads": 2,
+        "provider": "auto",
+        "intra_op_threads": 1,
+        "batch_sizes": (1, 2, 4, 8),
+        "profile_seconds": 3.0,
+        "profile_quantile": 0.95,
+        "drain_timeout_s": 5.0,
+    }
+
+
+def test_every_setting_says_what_it_does() -> None:
+    assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_options_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANYTIME_PORT", "9001")
+    monkeypatch.setenv("ANYTIME_BATCH_SIZES", "1,16")
+    assert (load().port, load().batch_sizes) == (9001, (1, 16))
+    assert load(["--port", "9002", "--batch-sizes", "1,3"]).port == 9002
+
+
+def test_an_empty_cache_folder_disables_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load().profile_cache is not None
+    monkeypatch.setenv("ANYTIME_PROFILE_CACHE", "")
+    assert load().profile_cache is None
+
+
+def test_an_unknown_variable_refuses_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANYTIME_BUDGET_MS", "5")
+    with pytest.raises(SettingsError, match="ANYTIME_BUDGET_MS: remove it or correct its name"):
+        load()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("PORT", "99999", "ANYTIME_PORT"),
+        ("PROVIDER", "tpu", "ANYTIME_PROVIDER"),
+        ("BATCH_SIZES", "2,4", "start at 1"),
+        ("BATCH_SIZES", "1,4,2", "ascend"),
+        ("DEFAULT_BUDGET_MS", "0.01", "min_budget_ms <= default_budget_ms"),
+        ("WRITE_RESERVE_MS", "1", "part of overhead_reserve_ms"),
+        ("MAX_PIXELS", "0", "ANYTIME_MAX_PIXELS"),
+    ],
+)
+def test_a_refused_value_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str) -> None:
+    monkeypatch.setenv(f"ANYTIME_{name}", value)
+    with pytest.raises(SettingsError, match=says):
+        load()
+
+
+def test_the_embedded_artifact_lies_beside_the_package() -> None:
+    assert embedded_artifact() == Path(__file__).resolve().parents[2] / "model" / "pretrained"
