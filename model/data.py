@@ -8,10 +8,10 @@ import hashlib
 import http.client
 import io
 import pickle
+import shutil
 import tarfile
 import tempfile
 import urllib.request
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -159,31 +159,31 @@ def load(name: str, folder: Path, *, size: int = 32, n_held_out: int = 5000, see
     return Dataset(name, labels, kept, held_out, test, of_channel.mean(1), of_channel.std(1))
 
 
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
 def _fetch(file: _File, folder: Path) -> Path:
     """Download unless it is there; a file of the wrong checksum is never left behind under its name."""
     path = folder / file.name
     if path.exists():
         return path
     part = path.with_suffix(path.suffix + ".part")
-    digest = hashlib.md5(usedforsecurity=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         source = urllib.request.urlopen(file.url, timeout=DOWNLOAD_TIMEOUT_S)  # noqa: S310 the URL is a constant
         with source, part.open("wb") as sink:
-            while chunk := source.read(1 << 20):
-                digest.update(chunk)
-                sink.write(chunk)
+            shutil.copyfileobj(source, sink)
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
         if folder.is_dir():
             part.unlink(missing_ok=True)
         raise DataError(
             f"{file.url} could not be downloaded ({error}): put {file.name} into {folder}"
         ) from error
-    if digest.hexdigest() != file.md5:
+    if (found := _md5(part)) != file.md5:
         part.unlink()
-        raise DataError(
-            f"{file.url} is not the official file (md5 {digest.hexdigest()}, should be {file.md5})"
-        )
+        raise DataError(f"{file.url} is not the official file (md5 {found}, should be {file.md5})")
     return part.replace(path)
 
 
@@ -218,14 +218,16 @@ def _read_cifar(
     root = folder / inside
     if not root.is_dir():
         path = _fetch(archive, folder)
+        if (found := _md5(path)) != archive.md5:  # tarfile itself does not notice most damage
+            raise DataError(
+                f"{path} is not the official file (md5 {found}, should be {archive.md5}): remove it"
+            )
         try:  # beside, then renamed: what was cut off is never taken for whole
             with tempfile.TemporaryDirectory(dir=folder) as beside, tarfile.open(path) as tar:
                 tar.extractall(beside, filter="data")
                 Path(beside, inside).replace(root)
-        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-            raise DataError(
-                f"{path} cannot be unpacked ({error}): remove it to have it downloaded anew"
-            ) from error
+        except OSError as error:
+            raise DataError(f"{path} cannot be unpacked ({error}): is there room in {folder}?") from error
     labels_key, names_key = keys
 
     def split(files: list[str]) -> Split:
