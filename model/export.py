@@ -233,7 +233,51 @@ def export(
             "test": _test(calibration, test, dataset.test.labels_N),
         }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        (folder / "README.md").write_text(model_card(manifest))
     return manifest
+
+
+def model_card(manifest: Mapping[str, Any]) -> str:
+    """What a user of the artifact should know of it, in Markdown, from its manifest alone."""
+    source, test, size = manifest["source"], manifest["test"], manifest["input"]["height"]
+    labels = ", ".join(manifest["labels"][:20]) + (" and so on" if len(manifest["labels"]) > 20 else "")
+    facts = {
+        "data": f"{source['dataset']}; {manifest['held_out']['n']} training images held out for calibration",
+        "recipe": ", ".join(f"{name} {value}" for name, value in source["recipe"].items()),
+        "training": f"{source['epochs']} epochs in {source['training_hours']} hours, seed {source['seed']}",
+        "made with": ", ".join(f"{name} {version}" for name, version in source["packages"].items()),
+        "code": f"commit {source['commit']}",
+        "note": source["note"] or "none",
+    }
+    results = [
+        f"| {name} | {100 * test['accuracy'][name]:.2f} | {test['nll'][name]:.3f} "
+        f"| {test['ece'][name]:.3f} | {100 * combination['accuracy']:.2f} |"
+        for combination in manifest["combinations"]
+        if (name := key(combination["columns"]))
+    ]
+    facts_table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    results_table = "\n".join(results)
+    return f"""# {manifest["name"]}, version {manifest["version"]}
+
+Classifies a picture, brought to {size}x{size} pixels, as one of {len(manifest["labels"])} labels: {labels}.
+
+| | |
+|---|---|
+{facts_table}
+
+Measured once on {test["n"]} test images, which decided nothing. The last column is the accuracy on the
+held-out images, on which the server bases its choices.
+
+| columns run | accuracy, % | NLL | ECE | held-out accuracy, % |
+|---|---:|---:|---:|---:|
+{results_table}
+
+## Limits
+
+It always answers with one of its labels, whatever the picture shows. Its confidence is calibrated only for
+pictures like those of its training data. It has not been examined for bias, nor hardened against pictures
+made to fool it.
+"""
 
 
 def _rounded(value: float) -> float:

@@ -75,7 +75,11 @@ def test_rungs_are_shallow_first_and_name_their_files(artifact: Path, manifest: 
     assert [rung["macs"] for rung in rungs] == sorted(rung["macs"] for rung in rungs)
     for rung in rungs:
         assert hashlib.sha256((artifact / rung["file"]).read_bytes()).hexdigest() == rung["sha256"]
-    assert {path.name for path in artifact.iterdir()} == {"manifest.json", *(rung["file"] for rung in rungs)}
+    assert {path.name for path in artifact.iterdir()} == {
+        "manifest.json",
+        "README.md",
+        *(rung["file"] for rung in rungs),
+    }
 
 
 def test_graphs_take_bytes_and_any_batch(artifact: Path) -> None:
@@ -90,6 +94,16 @@ def test_graphs_take_bytes_and_any_batch(artifact: Path) -> None:
     kinds = [node.op_type for node in graph.node]
     assert "BatchNormalization" not in kinds
     assert not {"Shape", "Range", "Gather", "If", "Loop"} & set(kinds)
+
+
+def test_the_model_card_says_what_was_measured(artifact: Path, manifest: dict[str, Any]) -> None:
+    card = (artifact / "README.md").read_text()
+
+    assert card.startswith("# small-net, version 7\n")
+    for name, accuracy in manifest["test"]["accuracy"].items():
+        assert f"| {name} | {100 * accuracy:.2f} |" in card
+    assert "| note | a test |" in card
+    assert "## Limits" in card
 
 
 @pytest.mark.parametrize("column", ["1", "2", "full"])
