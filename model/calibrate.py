@@ -1,6 +1,6 @@
 """From a trained net to answers to rely on: BatchNorm statistics, ensembles, temperatures, confidence.
 
-    python -m model.calibrate --checkpoint runs/first/checkpoint.pt --data data
+    python -m model.calibrate --checkpoint runs/latest/checkpoint.pt --data data
 
 prints what the choices rest on: columns under three sets of BatchNorm statistics, and the joined net
 beside the ensembles of the same cost. Everything is fitted and compared on the held-out split. Must not
@@ -305,7 +305,7 @@ def report(net: FractalNet, dataset: data.Dataset) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Print the report; the exit code is 0, or 1 with a sentence."""
     parser = argparse.ArgumentParser(prog="python -m model.calibrate", description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, default=Path("runs/latest/checkpoint.pt"))
     parser.add_argument("--data", type=Path, default=Path("data"))
     options = parser.parse_args(argv)
     try:

@@ -192,7 +192,7 @@ def picture(artifact: Artifact, points: Sequence[Point], path: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Measure as the command line says; the exit code is 0, or 1 with a sentence."""
     parser = argparse.ArgumentParser(prog="python -m model.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("--artifact", type=Path, required=True)
+    parser.add_argument("--artifact", type=Path, default=Path("artifact"))
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument(
         "--out", type=Path, help="path without suffix for the table (.md) and the picture (.svg)"

@@ -1,6 +1,6 @@
 """Checkpoint in, artifact out: one ONNX graph per column and a manifest, or nothing.
 
-    python -m model.export --checkpoint runs/first/checkpoint.pt --data data --out artifact --name my-net
+    python -m model.export --checkpoint runs/latest/checkpoint.pt --data data --out artifact
 
 BatchNorm is recalibrated and folded into the convolutions, the normalisation of the pixels is part of each
 graph, and every graph is compared with PyTorch before the folder appears under its name. Must not know the
@@ -374,10 +374,10 @@ class _WrittenWhole:
 def main(argv: list[str] | None = None) -> int:
     """Export as the command line says; the exit code is 0, or 1 with a sentence."""
     parser = argparse.ArgumentParser(prog="python -m model.export", description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, default=Path("runs/latest/checkpoint.pt"))
     parser.add_argument("--data", type=Path, default=Path("data"), help="the data it was trained on")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the artifact")
-    parser.add_argument("--name", required=True, help="of the model, as clients will see it")
+    parser.add_argument("--out", type=Path, default=Path("artifact"), help="folder of the artifact")
+    parser.add_argument("--name", help="of the model, as clients will see it; else dataset and depth")
     parser.add_argument("--version", default="1")
     parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32")
     parser.add_argument("--with-joined", action="store_true", help="add the joined net as the last rung")
@@ -386,11 +386,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         kept = Checkpoint.load(options.checkpoint)
         dataset = data.load(kept.dataset, options.data, size=kept.architecture.size, seed=kept.seed)
+        depth = kept.architecture.depth(kept.architecture.n_columns)
         manifest = export(
             kept,
             dataset,
             options.out,
-            name=options.name,
+            name=options.name or f"{kept.dataset}-fractalnet-{depth}",
             version=options.version,
             precision=options.precision,
             with_joined=options.with_joined,

@@ -1,6 +1,6 @@
 """Train a FractalNet with drop-path: a frozen recipe in, a checkpoint and a run record out.
 
-    python -m model.train --recipe anytime --dataset cifar10 --data data --out runs/first
+    python -m model.train --recipe anytime --dataset cifar10 --data data --out runs/latest
 
 Must not know calibration, export or serving. Everything random comes from generators seeded by (seed, epoch),
 so an epoch is a function of the checkpoint before it: a run that was interrupted ends like one that was not.
@@ -552,7 +552,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--size", type=_at_least_1, default=32, help="pixels to which the pictures of a folder are brought"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint and record")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/latest"), help="folder for checkpoint and record"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
