@@ -3,6 +3,7 @@
 Exits 2 with one sentence when a setting or the artifact is at fault.
 """
 
+import asyncio
 import contextlib
 import logging
 import socket
@@ -13,6 +14,7 @@ import uvicorn
 
 from service import inference, profiling, settings
 from service.api import Service
+from service.engine import InferenceThread
 from service.inference import ArtifactError
 from service.settings import Settings, SettingsError
 
@@ -55,14 +57,16 @@ def prepare(chosen: Settings) -> Service:
         "%s version %s: %d labels, %d columns, running on %s.",
         *(manifest.name, manifest.version, len(manifest.labels), len(manifest.rungs), loaded.provider),
     )
-    profile = profiling.recall_or_measure(
-        loaded,
-        thread,
-        batch_sizes=chosen.batch_sizes,
-        quantile=chosen.profile_quantile,
-        seconds=chosen.profile_seconds,
-        intra_op_threads=chosen.intra_op_threads,
-        cache=chosen.profile_cache,
+    profile = asyncio.run(
+        profiling.recall_or_measure(
+            loaded,
+            InferenceThread(loaded, thread),
+            batch_sizes=chosen.batch_sizes,
+            quantile=chosen.profile_quantile,
+            seconds=chosen.profile_seconds,
+            intra_op_threads=chosen.intra_op_threads,
+            cache=chosen.profile_cache,
+        )
     )
     for rung in manifest.rungs:
         latency = profile.latency(rung.column, 1)

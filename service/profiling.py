@@ -1,7 +1,7 @@
 """How long each column takes at each batch size on this machine, measured once and remembered.
 
-Must not know of requests. Measures through the same single thread that serves, so that the hand-over to it
-counts.
+Must not know of requests. Measures through the processor that serves, so that handing a run to its thread and
+waking up for its result count: for a small network they cost more than the run.
 """
 
 import hashlib
@@ -12,12 +12,12 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from concurrent.futures import Executor
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 
+from service.engine import Processor
 from service.inference import Inference
 from service.scheduling import Latency, LatencyProfile
 
@@ -28,38 +28,38 @@ MAX_RUNS = 400
 """Enough for a steady 0.95 quantile (20 runs above it); more only costs start-up time."""
 
 
-def measure(
-    inference: Inference, thread: Executor, *, batch_sizes: Sequence[int], quantile: float, seconds: float
+async def measure(
+    inference: Inference, processor: Processor, *, batch_sizes: Sequence[int], quantile: float, seconds: float
 ) -> LatencyProfile:
     """Measure the median and a high quantile for every column and batch size.
 
     Args:
-        inference: Warmed up.
-        thread: The one thread that runs it.
+        inference: Warmed up; says what to measure.
+        processor: What will run it when serving.
         batch_sizes: Sizes to measure, 1 among them.
         quantile: Which quantile to call high.
         seconds: Time for all of it, shared equally; exceeded only by what the least number of runs takes.
     """
     spec = inference.manifest.input
     rng = np.random.default_rng(0)
+    image_HWC = rng.integers(0, 256, (spec.height, spec.width, spec.channels), np.uint8)
     pairs = [(rung.column, size) for rung in inference.manifest.rungs for size in batch_sizes]
     latencies: dict[str, dict[int, Latency]] = {}
     for column, size in pairs:
-        images_NHWC = rng.integers(0, 256, (size, spec.height, spec.width, spec.channels), np.uint8)
         runs_s: list[float] = []
         until_s = time.perf_counter() + seconds / len(pairs)
         while len(runs_s) < MIN_RUNS or (len(runs_s) < MAX_RUNS and time.perf_counter() < until_s):
             started_s = time.perf_counter()
-            thread.submit(inference.run, column, images_NHWC).result()
+            await processor.start(column, [image_HWC] * size)
             runs_s.append(time.perf_counter() - started_s)
         median_s, high_s = np.quantile(runs_s, [0.5, quantile]).tolist()
         latencies.setdefault(column, {})[size] = Latency(median_s, high_s)
     return LatencyProfile(latencies)
 
 
-def recall_or_measure(
+async def recall_or_measure(
     inference: Inference,
-    thread: Executor,
+    processor: Processor,
     *,
     batch_sizes: Sequence[int],
     quantile: float,
@@ -86,7 +86,7 @@ def recall_or_measure(
         logger.info("Latencies recalled from %s (delete it to measure again).", path)
         return profile
     logger.info("Measuring latencies on this machine for about %.0f s.", seconds)
-    profile = measure(inference, thread, batch_sizes=batch_sizes, quantile=quantile, seconds=seconds)
+    profile = await measure(inference, processor, batch_sizes=batch_sizes, quantile=quantile, seconds=seconds)
     if path:
         _remember(path, key, profile)
     return profile

@@ -1,5 +1,6 @@
 """Latencies are measured for every column and batch size, remembered per machine, never trusted blindly."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from service.engine import InferenceThread
 from service.inference import Inference
 from service.profiling import measure, recall_or_measure
 from service.scheduling import LatencyProfile
@@ -31,19 +33,22 @@ def as_dict(profile: LatencyProfile) -> dict[str, dict[int, tuple[float, float]]
 def recall(
     inference: Inference, thread: ThreadPoolExecutor, cache: Path | None, n_threads: int = 1
 ) -> LatencyProfile:
-    return recall_or_measure(
-        inference,
-        thread,
-        batch_sizes=SIZES,
-        quantile=0.9,
-        seconds=0.001,
-        intra_op_threads=n_threads,
-        cache=cache,
+    return asyncio.run(
+        recall_or_measure(
+            inference,
+            InferenceThread(inference, thread),
+            batch_sizes=SIZES,
+            quantile=0.9,
+            seconds=0.001,
+            intra_op_threads=n_threads,
+            cache=cache,
+        )
     )
 
 
 def test_every_column_and_size_is_measured(inference: Inference, thread: ThreadPoolExecutor) -> None:
-    profile = measure(inference, thread, batch_sizes=SIZES, quantile=0.9, seconds=0.001)
+    processor = InferenceThread(inference, thread)
+    profile = asyncio.run(measure(inference, processor, batch_sizes=SIZES, quantile=0.9, seconds=0.001))
     measured = as_dict(profile)
     assert measured.keys() == set(toy_artifact.COLUMNS)
     for by_size in measured.values():
