@@ -72,7 +72,8 @@ class Offline:
             log_p_NK = logits_NK - np.log(np.exp(logits_NK).sum(axis=1, keepdims=True))
             score_NK = score_NK + weight * log_p_NK
         score_NK = score_NK / rule["temperature"] + np.array(rule["bias"])
-        return np.argmax(score_NK, axis=1)
+        classes_N: NDArray[np.int64] = np.argmax(score_NK, axis=1)
+        return classes_N
 
     def _run(self, column: str) -> NDArray[np.float32]:
         file = next(rung["file"] for rung in self.manifest["rungs"] if rung["column"] == column)

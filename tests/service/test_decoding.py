@@ -157,7 +157,7 @@ PNG = encoded(PIXELS)
         ("application/json", b"[]", Malformed, "one field"),
         ("application/json", b'{"image": 3}', Malformed, "one field"),
         ("application/json", b'{"image": "", "x": 1}', Malformed, "one field"),
-        ("application/json", b'{"image": "ab!?"}', Malformed, "no base64"),
+        ("application/json", b'{"image": "abcd!?"}', Malformed, "no base64"),
         ("application/json", b'{"image": "\xc3\xa9"}', Malformed, "no base64"),
         ("application/json", b'{"image": ""}', Malformed, "empty"),
         ("multipart/form-data", form(("image", AS_FILE, PNG)), Malformed, "boundary"),

@@ -91,7 +91,7 @@ def test_a_request_alone_opens_towards_the_most_accurate_answer(slack_ms: float,
 
 def test_opens_deep_only_if_the_high_quantile_fits() -> None:
     erratic = profile_of(MS, high=2.0)
-    assert plan([ticket(8.5)], 0.0, erratic, LADDER).column == "1"
+    assert plan([ticket(9.5)], 0.0, erratic, LADDER).column == "1"
 
 
 def test_refines_towards_the_most_accurate_combination_that_fits() -> None:
