@@ -124,9 +124,7 @@ def ladder(points: Sequence[Point]) -> list[Point]:
     """
     path: list[Point] = []
     for point in sorted(points, key=lambda point: len(point.columns)):
-        if not path or (
-            len(point.columns) > len(path[-1].columns) and set(point.columns) > set(path[-1].columns)
-        ):
+        if not path or set(point.columns) > set(path[-1].columns):
             path.append(point)
     return path
 

@@ -249,10 +249,16 @@ class Service:
             raise Stopped("This server is not ready: retry in a second.")
         parameters = self._parameters(request)
         deadline_s = exchange.arrived_s + parameters.budget_s
-        body = await self._body(request, deadline_s)
+        body = await self._body(request, self._engine, deadline_s)
         self._engine.check_admission(deadline_s)
         started_s = self._clock()
-        image_HWC = await self._decoder.decode(request.headers.get("content-type", ""), body)
+        try:
+            async with asyncio.timeout(deadline_s - started_s):
+                image_HWC = await self._decoder.decode(request.headers.get("content-type", ""), body)
+        except TimeoutError as error:
+            raise self._engine.refusal(
+                "The budget was used up while the picture was decoded: grant more or send a smaller one."
+            ) from error
         decode_s = self._clock() - started_s
         ticket = self._engine.submit(
             image_HWC,
@@ -333,8 +339,8 @@ class Service:
             min_confidence = _number("min_confidence", asked["min_confidence"], 0, 1)
         return Parameters(budget_ms / 1e3, int(top_k), min_confidence)
 
-    async def _body(self, request: Request, deadline_s: float) -> bytes:
-        """Read the body within its bounds; a body slower than the budget expires as any other wait does."""
+    async def _body(self, request: Request, engine: Engine, deadline_s: float) -> bytes:
+        """Read the body within its bounds; one that is slower than the budget is refused when that ends."""
         limit = self._settings.max_body_bytes
         too_large = TooLarge(f"The body has more than {limit} bytes: send a smaller picture.")
         declared = request.headers.get("content-length", "")
@@ -355,7 +361,9 @@ class Service:
                         return bytes(body)
         except TimeoutError as error:
             if left_s <= timeout_s:
-                raise Expired("The budget was used up before the picture was here: grant more.") from error
+                raise engine.refusal(
+                    "The budget was used up before the picture was here: grant more or send it faster."
+                ) from error
             raise BodyTimeout(f"The body did not arrive within {timeout_s:g} s: send it faster.") from error
 
     async def _model(self) -> Response:

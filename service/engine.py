@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service import scheduling
-from service.errors import Expired, Outcome, Rejected, Stopped
+from service.errors import Outcome, Rejected, Stopped
 from service.inference import Inference
-from service.scheduling import Ladder, LatencyProfile, StoppedBy, Ticket
+from service.scheduling import Admission, Ladder, LatencyProfile, StoppedBy, Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -167,15 +167,32 @@ class Engine:
 
         Raises:
             Stopped: the server is stopping.
-            Expired: the deadline has passed.
             Rejected: not even the shallowest column can be had in time.
         """
         if self._is_stopping:
             raise Stopped("This server is stopping: send the request again, another one will take it.")
+        n_inside = len(self._waiting) + (len(self._running.batch) if self._running else 0)
+        if n_inside >= self._max_waiting:
+            raise self.refusal(f"{n_inside} requests are being served: retry later.")
         now_s = self._clock()
-        if now_s >= deadline_s:
-            raise Expired("The budget was used up before the picture was here: grant more or send it faster.")
-        admission = scheduling.admit(
+        admission = self._admission(deadline_s, now_s)
+        if not admission.is_accepted:
+            needs_ms, left_ms = (
+                (admission.needs_s + self._reserve_s) * 1e3,
+                max(0.0, deadline_s - now_s) * 1e3,
+            )
+            raise self.refusal(
+                f"An answer would take about {needs_ms:.2f} ms and {left_ms:.2f} ms are left: grant more or "
+                "retry later."
+            )
+
+    def refusal(self, why: str) -> Rejected:
+        """A refusal for this reason, with the time until what waits now is done."""
+        now_s = self._clock()
+        return Rejected(why, self._admission(now_s, now_s).retry_after_s * self._jitter())
+
+    def _admission(self, deadline_s: float, now_s: float) -> Admission:
+        return scheduling.admit(
             deadline_s - self._reserve_s,
             now_s,
             self._running.busy_until_s if self._running else now_s,
@@ -183,18 +200,6 @@ class Engine:
             self._profile,
             self._ladder,
         )
-        n_inside = len(self._waiting) + (len(self._running.batch) if self._running else 0)
-        if n_inside >= self._max_waiting:
-            raise Rejected(
-                f"{n_inside} requests are being served: retry later.",
-                admission.retry_after_s * self._jitter(),
-            )
-        if not admission.is_accepted:
-            raise Rejected(
-                f"An answer would take about {(admission.needs_s + self._reserve_s) * 1e3:.2f} ms and "
-                f"{(deadline_s - now_s) * 1e3:.2f} ms are left: grant more or retry later.",
-                admission.retry_after_s * self._jitter(),
-            )
 
     def submit(
         self,

@@ -87,12 +87,12 @@ class Settings(BaseSettings):
     )
 
     max_body_bytes: int = Field(
-        1 << 20,
+        16 << 20,
         ge=1,
         description="Largest request body; above it 413. Larger: bigger photographs, more memory.",
     )
     max_pixels: int = Field(
-        16_000_000,
+        25_000_000,
         ge=1,
         description="Largest picture, judged before it is decoded; above it 413. Larger: each may cost 3 "
         "bytes a "

@@ -42,7 +42,7 @@ def test_refinement_adds_a_column_at_a_time_and_skips_what_does_not_pay() -> Non
     path = evaluate.ladder([a_point(*columns) for columns in everything])
 
     assert [p.columns for p in path] == [("1",), ("1", "2"), ("1", "2", "3")]
-    points = [a_point("1"), a_point("2"), a_point("3"), a_point("1", "3")]
+    points = [a_point("1"), a_point("2"), a_point("3"), a_point("2", "3"), a_point("1", "3")]
     assert [p.columns for p in evaluate.ladder(points)] == [("1",), ("1", "3")]
 
 

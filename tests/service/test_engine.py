@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.engine import Engine, Request, Served
-from service.errors import Expired, Problem, Rejected, Stopped
+from service.errors import Problem, Rejected, Stopped
 from service.scheduling import Ladder, Latency, LatencyProfile
 from tests.fakes import ACCURACY, Behaviour, FakeProcessor, picture, run_in_virtual_time
 
@@ -139,8 +139,8 @@ async def test_what_cannot_be_had_in_time_is_rejected_with_a_computed_retry_time
 
 
 @in_virtual_time
-async def test_a_budget_that_is_gone_on_arrival_has_expired() -> None:
-    with pytest.raises(Expired):
+async def test_a_budget_that_is_gone_on_arrival_is_rejected() -> None:
+    with pytest.raises(Rejected, match=r"0\.00 ms are left"):
         Bench().submit(1, 0.0)
 
 
