@@ -90,10 +90,10 @@ class Recipe:
     dropout: bool = True
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 2 or not self.learning_rate > 0:
-            raise ValueError(
-                "epochs must be at least 1, the batch size at least 2, the learning rate above 0"
-            )
+        if self.epochs < 1 or self.batch_size < 2:
+            raise ValueError("epochs must be at least 1, the batch size at least 2")
+        if not 0 < self.learning_rate < torch.finfo(torch.float32).max:
+            raise ValueError("the learning rate must be above 0 and finite")
 
 
 RECIPES: dict[str, Recipe] = {
@@ -230,7 +230,7 @@ class Checkpoint:
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a short write
             part.unlink(missing_ok=True)
             raise TrainingError(
-                f"{path} cannot be written ({error}): the checkpoint before it is untouched"
+                f"{path} cannot be written; is the disk full? The checkpoint before it is untouched ({error})"
             ) from error
 
     @classmethod

@@ -112,10 +112,16 @@ def test_the_rate_of_the_schedule_is_the_one_that_is_used(toy: Dataset, tmp_path
 
 @pytest.mark.parametrize(
     "how",
-    [{"epochs": 0}, {"batch_size": 1}, {"learning_rate": 0.0}, {"learning_rate": float("nan")}],
+    [
+        {"epochs": 0},
+        {"batch_size": 1},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"learning_rate": 1e42},
+    ],
 )
 def test_a_recipe_that_cannot_be_is_refused(how: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="epochs must be at least 1"):
+    with pytest.raises(ValueError, match="must be"):
         dataclasses.replace(QUICK, **how)
 
 
@@ -396,7 +402,7 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"batch_size": 1}, "batch size at least 2"),
         ({"batch_size": 1000}, "do not fill one batch of 1000"),
-        ({"learning_rate": -1}, "learning rate above 0"),
+        ({"learning_rate": -1}, "learning rate must be above 0"),
         ({"architecture": "resnet"}, "there are cifar-20"),
         ({"size": 16}, "images of 16 pixels are halved away"),
         ({"device": "cuda:99"}, "--device cuda:99 cannot be used here"),
@@ -533,7 +539,7 @@ def test_a_rate_far_too_high_is_an_error_that_says_so(
 
 
 def test_weights_that_the_last_step_has_broken_are_not_kept(toy: Dataset, tmp_path: Path) -> None:
-    one_step = dataclasses.replace(QUICK, batch_size=48, learning_rate=float("inf"))
+    one_step = dataclasses.replace(QUICK, batch_size=48, learning_rate=3e38, weight_decay=100.0)
     run = a_run(toy, tmp_path, one_step)
 
     with pytest.raises(TrainingError, match="a weight is no longer a number in epoch 1: lower"):
@@ -548,7 +554,7 @@ def test_a_full_disk_is_an_error_and_keeps_the_last_good_epoch(toy: Dataset, tmp
 
     with (
         no_file_larger_than(len(good) // 2),
-        pytest.raises(TrainingError, match=r"checkpoint\.pt cannot be written .* before it is untouched"),
+        pytest.raises(TrainingError, match=r"checkpoint\.pt cannot be written; .* before it is untouched"),
     ):
         train(run)
 
