@@ -133,8 +133,10 @@ def run_tests(copy: Path, tests: Sequence[str]) -> str:
         try:
             code = process.wait(RUN_LIMIT_S)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)  # its own session: servers that the tests started end with it
             return HUNG
+        finally:
+            if process.poll() is None:  # too slow, or somebody stops this tool
+                os.killpg(process.pid, 9)  # its own session: servers that the tests started end with it
     if code == 0:
         return PASSED
     if not report.exists():
