@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import os
 import pickle
@@ -280,6 +281,19 @@ def test_a_run_repeats_bit_for_bit_from_its_seed(toy: Dataset, tmp_path: Path, p
 
     assert losses[0] == losses[1] != losses[2]
     assert_equal(state(runs[0]), state(runs[1]))
+
+
+def test_every_epoch_has_an_order_of_its_own(toy: Dataset, tmp_path: Path) -> None:
+    run = a_run(toy, tmp_path)
+    labels: list[list[int]] = []
+    run.objective.register_forward_pre_hook(lambda _module, arguments: labels.append(arguments[1].tolist()))
+
+    for _ in range(2):
+        run.train_epoch()
+
+    assert labels[:4] != labels[4:]
+    for epoch in (labels[:4], labels[4:]):  # and every image once
+        assert Counter(itertools.chain(*epoch)) == {0: 16, 1: 16, 2: 16}
 
 
 @pytest.mark.parametrize("name", ["paper", "anytime"])
@@ -689,22 +703,20 @@ def trained_on_shares_in_turn(dataset: Dataset, out: Path) -> dict[str, Tensor]:
     """
     recipe = Recipe("cifar-deep-2", 1, 12, 0.05, "triangle", dropout=False, passes="coin")
     run = a_run(dataset, out, recipe)
-    run.n_processes = 2
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(dataset.train), generator=generator)
     buffers = dict(run.net.named_buffers())
     for step in range(run.n_steps):
         for group in run.optimiser.param_groups:
             group["lr"] = learning_rate(recipe, step / run.n_steps)
-        before, drawn = {name: value.clone() for name, value in buffers.items()}, generator.get_state()
+        images_NCHW, labels_N = run._batch(order[12 * step : 12 * step + 12], generator)
+        parts = sample_parts(recipe, run.net.architecture, generator)
+        before = {name: value.clone() for name, value in buffers.items()}
         run.optimiser.zero_grad()
-        for run.rank in (1, 0):
-            generator.set_state(drawn)
-            images_NCHW, labels_N = run._batch(order[12 * step : 12 * step + 12], generator)
-            parts = sample_parts(recipe, run.net.architecture, generator)
+        for rank in (1, 0):
             for name, value in buffers.items():
                 value.copy_(before[name])
-            (run.objective(images_NCHW, labels_N, parts) / 2).backward()
+            (run.objective(images_NCHW[rank::2], labels_N[rank::2], parts) / 2).backward()
         run.optimiser.step()
     return run.net.state_dict()
 
