@@ -21,7 +21,10 @@ DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "
 # ---- the import rules ----
 
 SKELETON = {
-    "model": ("__init__", "fractalnet", "train"),
+    "model": (
+        *("__init__", "fractalnet", "droppath", "data", "train"),
+        *("calibrate", "export", "evaluate"),
+    ),
     "loadtests": ("__init__", "arrivals"),
     "service": (
         *("__init__", "__main__", "api", "oip", "profiling", "engine"),
@@ -52,7 +55,8 @@ def test_the_import_rules_allow_the_way_the_layers_point(tmp_path: Path) -> None
             "service.engine": "import service.inference, service.metrics, asyncio",
             "service.inference": "import service.errors, onnxruntime, numpy",
             "service.scheduling": "import collections, dataclasses, math",
-            "model.train": "import torch, onnx, model.fractalnet",
+            "model.evaluate": "import model.export, model.calibrate, model.data",
+            "model.train": "import torch, onnx, model.fractalnet, model.droppath",
         },
     )
 
@@ -83,6 +87,9 @@ def test_the_import_rules_allow_the_way_the_layers_point(tmp_path: Path) -> None
         ("service.engine", "service.profiling"),
         ("service.metrics", "service.engine"),
         ("service.errors", "service.metrics"),
+        ("model.fractalnet", "model.droppath"),
+        ("model.train", "model.calibrate"),
+        ("model.calibrate", "model.export"),
         ("service.scheduling", "service.inference"),
     ],
 )
