@@ -170,27 +170,33 @@ def calibrate(of: Logits, labels_N: Tensor) -> Calibration:
     """Fit and measure every combination worth serving.
 
     A single column always is one; several are if they answer more images rightly than every combination
-    inside them, so that the column added earns its time.
+    inside them, so that the column added earns its time, or if refinement passes through them to such ones.
 
     Args:
         of: Logits of the columns on the held-out split, shallow first.
         labels_N: Its labels.
     """
-    log_p: dict[tuple[str, ...], Tensor] = {}
-    measured: dict[tuple[str, ...], Measured] = {}
-    for size in range(1, len(of) + 1):
-        for columns in subsets(of, size):
-            log_p_NK = cross_fitted(columns, of, labels_N)
-            result = measure(log_p_NK, labels_N)
-            inside = [measured[part].accuracy for part in measured if set(part) < set(columns)]
-            if size == 1 or result.accuracy > max(inside):
-                log_p[columns], measured[columns] = log_p_NK, result
+    every = [columns for size in range(1, len(of) + 1) for columns in subsets(of, size)]
+    all_log_p = {columns: cross_fitted(columns, of, labels_N) for columns in every}
+    measured = {columns: measure(log_p_NK, labels_N) for columns, log_p_NK in all_log_p.items()}
+    kept = _worth_serving({columns: result.accuracy for columns, result in measured.items()})
+    log_p = {columns: all_log_p[columns] for columns in kept}
     return Calibration(
         combinations=tuple(fit(columns, of, labels_N) for columns in log_p),
-        measured={key(columns): result for columns, result in measured.items()},
+        measured={key(columns): measured[columns] for columns in kept},
         confidence=tuple(_confidence_table(columns, log_p, labels_N) for columns in log_p),
         n_held_out=len(labels_N),
     )
+
+
+def _worth_serving(accuracy: Mapping[tuple[str, ...], float]) -> list[tuple[str, ...]]:
+    better = [
+        columns
+        for columns in accuracy
+        if all(accuracy[columns] > accuracy[part] for part in accuracy if set(part) < set(columns))
+    ]
+    on_the_way = {columns[:n] for columns in better for n in range(1, len(columns))}
+    return [columns for columns in accuracy if columns in better or columns in on_the_way]
 
 
 def _confidence_table(
@@ -226,7 +232,9 @@ def recalibrate(network: nn.Module, dataset: data.Dataset, seed: int = 0) -> Non
     hooks = [norm.register_forward_pre_hook(lambda module, _: used.add(module)) for norm in norms]
     network.eval()
     order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(seed))
-    chosen = dataset.train.images_NCHW[order[:N_RECALIBRATION_IMAGES]].split(RECALIBRATION_BATCH)
+    images_NCHW = dataset.train.images_NCHW[order[:N_RECALIBRATION_IMAGES]]
+    # Parts of one size: each counts alike in the average, so a remainder of one image would weigh like 500.
+    chosen = images_NCHW.tensor_split(-(-len(images_NCHW) // RECALIBRATION_BATCH))
     network(
         dataset.normalise(chosen[0])
     )  # finds which of them this network uses: the joined net holds others too
@@ -311,6 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         kept = Checkpoint.load(options.checkpoint)
         dataset = data.load(kept.dataset, options.data, size=kept.architecture.size, seed=kept.seed)
+        kept.check(dataset)
     except (TrainingError, data.DataError) as error:
         print(f"model.calibrate: {error}", file=sys.stderr)
         return 1

@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 DOWNLOAD_TIMEOUT_S = 60.0
+CHUNK = 1000  # images turned into floats at once
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 Flip = Literal["random", "alternate"]
@@ -155,8 +156,20 @@ def load(name: str, folder: Path, *, size: int = 32, n_held_out: int = 5000, see
         raise DataError(f"{len(train)} training images are too few to hold any out: give at least 10")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     held_out, kept = train[order[:n_held_out]], train[order[n_held_out:]]
-    of_channel = kept.images_NCHW.transpose(0, 1).flatten(1).float() / 255
-    return Dataset(name, labels, kept, held_out, test, of_channel.mean(1), of_channel.std(1))
+    return Dataset(name, labels, kept, held_out, test, *_mean_and_deviation(kept.images_NCHW))
+
+
+def _mean_and_deviation(images_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each channel, for values 0 to 1; a few images at a time: as floats, all would need much memory."""
+    n_channels = images_NCHW.shape[1]
+    total_C, squares_C = torch.zeros(2, n_channels, dtype=torch.double)
+    for start in range(0, len(images_NCHW), CHUNK):
+        values = images_NCHW[start : start + CHUNK].double() / 255
+        total_C += values.sum((0, 2, 3))
+        squares_C += values.square().sum((0, 2, 3))
+    n = images_NCHW.numel() / n_channels
+    mean_C = total_C / n
+    return mean_C.float(), (squares_C / n - mean_C.square()).sqrt().float()
 
 
 def _md5(path: Path) -> str:
@@ -291,6 +304,8 @@ def area_crop(picture: Image.Image, size: int) -> NDArray[np.uint8]:
     The manifest names this rule (`RESIZE`), and the server follows it.
     """
     upright = ImageOps.exif_transpose(picture)
+    if upright.mode.startswith("I"):  # 16-bit grey: its upper byte, where Pillow would clip to white
+        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
     if upright.has_transparency_data:
         rgba = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
@@ -345,8 +360,11 @@ def batches(n: int, batch_size: int, generator: torch.Generator) -> Iterator[Ten
 
 def pad(images_NCHW: Tensor, margin: int) -> Tensor:
     """Reflect the border outwards by `margin` pixels: what `shift_and_flip` cuts its windows from."""
-    reflected = torch.nn.functional.pad(images_NCHW.float(), (margin,) * 4, mode="reflect")
-    return reflected.to(images_NCHW.dtype)
+    size = images_NCHW.shape[2]
+    place = torch.arange(-margin, size + margin, device=images_NCHW.device).abs()
+    place = torch.where(place < size, place, 2 * (size - 1) - place)
+    # By index, since torch reflects floats only, and all images as floats would need much memory.
+    return images_NCHW[:, :, place][:, :, :, place]
 
 
 def flips(rows: Tensor, epoch: int, how: Flip, generator: torch.Generator) -> Tensor:

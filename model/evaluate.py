@@ -199,13 +199,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         artifact = Artifact(options.artifact)
         source, size = artifact.manifest["source"], artifact.manifest["input"]["height"]
-        test = data.load(source["dataset"], options.data, size=size, seed=source["seed"]).test
+        dataset = data.load(source["dataset"], options.data, size=size, seed=source["seed"])
     except (ValueError, data.DataError) as error:
         print(f"model.evaluate: {error}", file=sys.stderr)
         return 1
+    if list(dataset.labels) != artifact.manifest["labels"]:
+        print(f"model.evaluate: {options.data} has other labels than the artifact", file=sys.stderr)
+        return 1
     torch.set_num_threads(1)
-    points, taken = evaluate(artifact, test)
-    text = table(artifact, points, taken, len(test))
+    points, taken = evaluate(artifact, dataset.test)
+    text = table(artifact, points, taken, len(dataset.test))
     print(text)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)

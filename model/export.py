@@ -30,7 +30,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from model import data
 from model.calibrate import CONFIDENCE_EDGES, Calibration, calibrate, key, measure, recalibrated
-from model.fractalnet import cost
+from model.fractalnet import ConvUnit, FractalNet, cost
 from model.train import Checkpoint, TrainingError, about_this_machine
 
 FORMAT = 1
@@ -83,6 +83,15 @@ def fused(column: nn.Sequential) -> nn.Sequential:
         elif not isinstance(layer, nn.Dropout | nn.Flatten):
             layers.append(layer)
     return nn.Sequential(*layers).eval()
+
+
+def fused_joined(net: FractalNet) -> FractalNet:
+    """A copy of the joined net in evaluation mode with each BatchNorm folded into its convolution."""
+    net = copy.deepcopy(net).eval()
+    for unit in (module for module in net.modules() if isinstance(module, ConvUnit)):
+        unit.conv = fuse_conv_bn_eval(unit.conv, unit.norm_joined)
+        unit.norm_joined = cast(nn.BatchNorm2d, nn.Identity())
+    return net
 
 
 def write_onnx(serving: Serving, size: int, channels: int, path: Path) -> None:
@@ -184,7 +193,7 @@ def export(
         for column, network in networks.items():
             path = folder / (f"column-{column}.onnx" if column != "full" else "full.onnx")
             reference = Serving(network, kept.mean_C, kept.std_C, "fp32").eval()
-            plain = fused(network) if isinstance(network, nn.Sequential) else copy.deepcopy(network)
+            plain = fused(network) if isinstance(network, nn.Sequential) else fused_joined(net)
             write_onnx(
                 Serving(plain, kept.mean_C, kept.std_C, precision),
                 architecture.size,
@@ -245,6 +254,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         "data": f"{source['dataset']}; {manifest['held_out']['n']} training images held out for calibration",
         "recipe": ", ".join(f"{name} {value}" for name, value in source["recipe"].items()),
         "training": f"{source['epochs']} epochs in {source['training_hours']} hours, seed {source['seed']}",
+        "hardware": source["hardware"],
         "made with": ", ".join(f"{name} {version}" for name, version in source["packages"].items()),
         "code": f"commit {source['commit']}",
         "note": source["note"] or "none",
@@ -318,9 +328,9 @@ def _test(calibration: Calibration, of: Mapping[str, Tensor], labels_N: Tensor) 
 
 
 def _source(kept: Checkpoint, precision: Precision, note: str) -> dict[str, Any]:
-    machine = about_this_machine()
-    machine["packages"] |= {n: importlib.metadata.version(n) for n in ("onnx", "onnxscript")}
-    machine["packages"]["onnxruntime"] = onnxruntime.__version__
+    here = about_this_machine()
+    here["packages"] |= {n: importlib.metadata.version(n) for n in ("onnx", "onnxscript")}
+    here["packages"]["onnxruntime"] = onnxruntime.__version__
     return {
         "dataset": kept.dataset,
         "recipe": dataclasses.asdict(kept.recipe),
@@ -330,7 +340,9 @@ def _source(kept: Checkpoint, precision: Precision, note: str) -> dict[str, Any]
         "training_hours": round(kept.seconds / 3600, 2),
         "precision": precision,
         "note": note,
-        **machine,
+        "n_train": kept.n_train,
+        **kept.made_with,
+        "exported_with": here,
     }
 
 
@@ -367,7 +379,12 @@ class _WrittenWhole:
             if not (self.out / "manifest.json").exists() and any(self.out.iterdir()):
                 raise OSError("it is no artifact, and is not empty")
             self.out.rename(before)
-        self.part.rename(self.out)
+        try:
+            self.part.rename(self.out)
+        except OSError:
+            if before.exists():
+                before.rename(self.out)
+            raise
         shutil.rmtree(before, ignore_errors=True)
 
 
@@ -386,6 +403,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         kept = Checkpoint.load(options.checkpoint)
         dataset = data.load(kept.dataset, options.data, size=kept.architecture.size, seed=kept.seed)
+        kept.check(dataset)
         depth = kept.architecture.depth(kept.architecture.n_columns)
         manifest = export(
             kept,

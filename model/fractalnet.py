@@ -90,6 +90,7 @@ class Architecture:
 
 _CIFAR_DROPOUT = (0.0, 0.1, 0.2, 0.3, 0.4)
 
+# With a learned scale and bias, unlike the authors': the published parameter counts include them.
 PRESETS: dict[str, Architecture] = {
     "cifar-20": Architecture((64, 128, 256, 512, 512), 3, dropout=_CIFAR_DROPOUT),
     **{

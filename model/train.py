@@ -12,6 +12,8 @@ import importlib.metadata
 import json
 import math
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -39,7 +41,7 @@ Passes = Literal["tied", "coin", "columns"]
 CHECKPOINT = "checkpoint.pt"
 EVALUATION_BATCH = 500
 MARGIN = 4  # shift in pixels, and the border reflected for it [the paper's "+" and "++"]
-N_WHITENING_IMAGES = 5000  # the filters settle long before; see whitening_filters
+N_WHITENING_PIXELS = 5000 * 32 * 32  # the filters settle long before; see whitening_filters
 
 
 class TrainingError(Exception):
@@ -66,7 +68,7 @@ class Recipe:
             authors' graph does; "coin": one of the two, and of the columns a random one, as their paper says;
             "columns": one of the two, and then every column.
         local_share: Probability that the coin says "joined net".
-        column_weight: Of each column's loss; the joined net's is 1.
+        column_weight: Of each column's loss; the joined net's is 1. None is 1/C.
         initialisation: See `fractalnet.initialise`.
         flip: See `data.flips`.
         dropout: Whether the architecture's dropout is used.
@@ -84,7 +86,7 @@ class Recipe:
     local_drop: float = 0.15
     passes: Passes = "coin"
     local_share: float = 0.5
-    column_weight: float = 1.0
+    column_weight: float | None = 1.0
     initialisation: Initialisation = "xavier"
     flip: data.Flip = "random"
     dropout: bool = True
@@ -98,9 +100,10 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     # Larsson et al.: SGD 0.9, lr 0.02, batch 100, 400 epochs. They train one local and all global samples in
-    # every batch, each column at 1/C of the weight (C = 3), as their released generator writes it.
+    # every batch, each column at 1/C of the weight, as their released generator writes it. The weight decay
+    # is ours: the paper does not state it, and their solver file is not released.
     "paper": Recipe(
-        "cifar-20", 400, 100, 0.02, "steps", weight_decay=1e-4, passes="tied", column_weight=1 / 3
+        "cifar-20", 400, 100, 0.02, "steps", weight_decay=1e-4, passes="tied", column_weight=None
     ),
     # A short schedule for a machine without an accelerator.
     "anytime": Recipe(
@@ -141,7 +144,8 @@ def build(recipe: Recipe, dataset: data.Dataset, seed: int) -> FractalNet:
         architecture = dataclasses.replace(architecture, dropout=())
     torch.manual_seed(seed)
     net = FractalNet(architecture)
-    initialise(net, recipe.initialisation, dataset.normalise(images[:N_WHITENING_IMAGES]))
+    n_whitening = max(100, N_WHITENING_PIXELS // images.shape[2] ** 2)
+    initialise(net, recipe.initialisation, dataset.normalise(images[:n_whitening]))
     return net
 
 
@@ -163,7 +167,9 @@ class _Objective(nn.Module):
         if isinstance(paths, droppath.Local):
             logits_NK, weight = self.net(images_NCHW, paths.masks), 1.0
         else:
-            logits_NK, weight = self.net.column(paths.column)(images_NCHW), self.recipe.column_weight
+            logits_NK = self.net.column(paths.column)(images_NCHW)
+            of_recipe = self.recipe.column_weight
+            weight = 1 / self.net.architecture.n_columns if of_recipe is None else of_recipe
         smoothing = self.recipe.label_smoothing
         return weight * nn.functional.cross_entropy(logits_NK.float(), labels_N, label_smoothing=smoothing)
 
@@ -211,6 +217,8 @@ class Checkpoint:
     seconds: float
     model: dict[str, Any]
     optimiser: dict[str, Any]
+    n_train: int = 0
+    made_with: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write beside, then rename: a full disk or a kill leaves the last good checkpoint.
@@ -253,6 +261,21 @@ class Checkpoint:
             raise TrainingError(f"there is no checkpoint {path}: train first, or check the path") from error
         except Exception as error:  # torch.load raises whatever the bytes make it raise
             raise TrainingError(f"{path} is no checkpoint that can be read here ({error})") from error
+
+    def check(self, dataset: data.Dataset) -> None:
+        """Make sure that this is the data that was trained on.
+
+        Otherwise images would be held out that the network has seen, and labels could be exchanged.
+
+        Raises:
+            TrainingError: if labels, or mean and deviation of the training images, are others.
+        """
+        theirs, ours = (torch.cat([d.mean_C.cpu(), d.std_C.cpu()]) for d in (self, dataset))
+        if self.labels != dataset.labels or not torch.allclose(theirs, ours, atol=1e-5):
+            raise TrainingError(
+                f"this is not the data that the checkpoint was trained on ({self.dataset}, "
+                f"{len(self.labels)} labels): give the same folder, unchanged, with --data"
+            )
 
     def network(self) -> FractalNet:
         """The trained network, in evaluation mode."""
@@ -302,7 +325,8 @@ class Run:
         )
         if len(dataset.train) < recipe.batch_size:
             raise TrainingError(
-                f"{len(dataset.train)} training images do not fill one batch of {recipe.batch_size}"
+                f"{len(dataset.train)} training images do not fill one batch of {recipe.batch_size}: "
+                "choose a smaller --batch-size"
             )
         if recipe.batch_size % self.n_processes:
             raise TrainingError(
@@ -323,6 +347,11 @@ class Run:
             if self.n_processes > 1
             else objective
         )
+        self.made_with = about_this_machine() | {
+            "precision": "bf16" if bf16 else "fp32",
+            "device": device,
+            "n_processes": self.n_processes,
+        }
         self.epoch, self.seconds = 0, 0.0
         self.n_steps = len(dataset.train) // recipe.batch_size
 
@@ -344,12 +373,16 @@ class Run:
             "dataset": self.dataset.name,
             "labels": self.dataset.labels,
             "seed": self.seed,
+            "n_train": len(self.dataset.train),
         }
         different = [name for name, value in ours.items() if getattr(kept, name) != value]
+        way = ("precision", "n_processes")
+        different += [name for name in way if kept.made_with[name] != self.made_with[name]]
         if different:
             raise TrainingError(
                 f"{self.checkpoint} is of a run with other {', '.join(different)}: use that, or another --out"
             )
+        kept.check(self.dataset)
         self.net.load_state_dict(kept.model)
         self.optimiser.load_state_dict(kept.optimiser)
         self.epoch, self.seconds = kept.epoch, kept.seconds
@@ -368,6 +401,8 @@ class Run:
             seconds=self.seconds,
             model=self.net.state_dict(),
             optimiser=self.optimiser.state_dict(),
+            n_train=len(self.dataset.train),
+            made_with=self.made_with,
         ).save(self.checkpoint)
 
     def train_epoch(self, progress: Callable[[float], None] = lambda loss: None) -> float:
@@ -432,7 +467,7 @@ class Run:
 
 
 def about_this_machine() -> dict[str, Any]:
-    """Versions, commit and cores, for a record that can be repeated."""
+    """Versions, commit and hardware, for a record that can be repeated."""
 
     def commit() -> str:
         try:
@@ -455,8 +490,16 @@ def about_this_machine() -> dict[str, Any]:
         "commit": commit(),
         "packages": packages,
         "python": sys.version.split()[0],
-        "cpu_count": os.cpu_count(),
+        "hardware": _hardware(),
     }
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"
 
 
 @contextmanager
@@ -627,14 +670,14 @@ def main(argv: list[str] | None = None) -> int:
                 "dataset": options.dataset,
                 "n_train": len(run.dataset.train),
                 "resumed_at": run.epoch,
-                "precision": options.precision,
-                "device": options.device,
-                "n_processes": run.n_processes,
             }
-            _record(run, {**settings, **about_this_machine()})
+            _record(run, settings | run.made_with)
         train(run)
     except (TrainingError, data.DataError, ValueError, OSError) as error:
         print(f"model.train: {error}", file=sys.stderr)
+        return 1
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        print(f"model.train: out of memory, choose a smaller --batch-size ({error})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         checkpoint = options.out / CHECKPOINT

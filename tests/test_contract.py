@@ -53,10 +53,14 @@ def test_the_ladder_of_the_server_is_that_of_the_manifest(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(32, 32), (32, 48), (33, 32), (90, 61), (20, 7), (31, 40)])
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "LA"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "LA", "I;16"])
 def test_training_and_serving_see_the_same_picture(size: tuple[int, int], mode: str) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
-    picture = Image.fromarray(pixels, "RGBA").convert("RGB" if mode == "P" else "RGBA").convert(mode)
+    random = np.random.default_rng(0)
+    if mode == "I;16":
+        picture = Image.fromarray(random.integers(0, 65536, size[::-1], dtype=np.uint16))
+    else:
+        pixels = random.integers(0, 256, (*size[::-1], 4), dtype=np.uint8)
+        picture = Image.fromarray(pixels, "RGBA").convert("RGB" if mode == "P" else "RGBA").convert(mode)
     png = io.BytesIO()
     picture.save(png, "PNG")
 

@@ -4,7 +4,7 @@ import torch
 
 from model.data import Dataset, Split
 from model.fractalnet import Architecture, FractalNet, initialise
-from model.train import Checkpoint, Recipe
+from model.train import Checkpoint, Recipe, about_this_machine
 
 ARCHITECTURE = Architecture((4, 6), 2, n_classes=4, size=8)
 LABELS = ("red", "green", "blue", "grey")
@@ -50,4 +50,6 @@ def a_checkpoint(dataset: Dataset, architecture: Architecture = ARCHITECTURE) ->
         seconds=1.0,
         model=a_network(0, architecture).state_dict(),
         optimiser={},
+        n_train=len(dataset.train),
+        made_with=about_this_machine(),
     )

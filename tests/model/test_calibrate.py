@@ -79,6 +79,15 @@ def test_a_combination_is_kept_only_if_it_beats_its_parts() -> None:
     assert "1+2+3" not in kept
 
 
+def test_what_refinement_passes_through_is_kept_as_well() -> None:
+    """On the way from 1 to 1+2+3 the answer is that of 1+2, be it no better than that of 1."""
+    accuracy = {("1",): 0.9, ("2",): 0.85, ("3",): 0.88, ("1", "2"): 0.9, ("1", "3"): 0.89, ("2", "3"): 0.87}
+
+    kept = calibrate._worth_serving(accuracy | {("1", "2", "3"): 0.95})
+
+    assert kept == [("1",), ("2",), ("3",), ("1", "2"), ("1", "2", "3")]
+
+
 def test_confidence_tables_count_every_image_and_agree_with_the_accuracies() -> None:
     logits = {
         "1": noisy_logits(LABELS, 4, strength=1.0, seed=0),
@@ -147,6 +156,20 @@ def test_recalibrated_statistics_are_the_averages_over_training_images() -> None
     untouched = net.column(1)[1]
     assert isinstance(untouched, nn.BatchNorm2d)
     assert float(untouched.running_mean[0]) == 7.0  # type: ignore[index]
+
+
+def test_a_remainder_of_one_image_weighs_no_more_than_any_other() -> None:
+    n = calibrate.RECALIBRATION_BATCH + 1
+    dataset = a_dataset(n_train=n)
+    net = a_network(seed=3)
+
+    calibrate.recalibrate(net.column(1), dataset)
+
+    first, norm = net.column(1)[0], net.column(1)[1]
+    with torch.no_grad():
+        seen = first(dataset.normalise(dataset.train.images_NCHW))
+    assert isinstance(norm, nn.BatchNorm2d)
+    torch.testing.assert_close(norm.running_mean, seen.mean((0, 2, 3)), atol=2e-3, rtol=0)
 
 
 def test_recalibrating_one_column_leaves_all_others_alone() -> None:

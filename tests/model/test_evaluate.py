@@ -56,7 +56,10 @@ def test_table_and_picture_are_written_and_repeatable(tmp_path: Path) -> None:
     for name in ("one.svg", "two.svg"):
         evaluate.picture(artifact, points, tmp_path / name)
 
-    assert "| 1+2 |" in text or len(points) == 2
+    rows = [line[2:].split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows[1 : 1 + len(points)]] == ["+".join(p.columns) for p in points]
+    said = [row[3] for row in rows[1 : 1 + len(points)]]
+    assert said == [f"{100 * p.measured.accuracy:.2f}" for p in points]
     assert "40 test images of small" in text
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
 

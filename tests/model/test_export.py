@@ -1,5 +1,6 @@
 """The artifact: parity, completeness, and nothing half-written."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -14,6 +15,7 @@ from model import export as exporting
 from model.calibrate import recalibrated
 from model.export import ExportError, Serving, export
 from model.fractalnet import Architecture, Stem
+from model.train import TrainingError
 from tests.model.small import LABELS, a_checkpoint, a_dataset, a_network
 
 DATASET = a_dataset()
@@ -82,8 +84,9 @@ def test_rungs_are_shallow_first_and_name_their_files(artifact: Path, manifest: 
     }
 
 
-def test_graphs_take_bytes_and_any_batch(artifact: Path) -> None:
-    graph = onnx.load(artifact / "column-1.onnx").graph
+@pytest.mark.parametrize("file", ["column-1.onnx", "full.onnx"])
+def test_graphs_take_bytes_and_any_batch(artifact: Path, file: str) -> None:
+    graph = onnx.load(artifact / file).graph
     (images,), (logits,) = graph.input, graph.output
     shapes = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in (images, logits)]
 
@@ -204,6 +207,28 @@ def test_exporting_again_replaces_the_artifact_as_a_whole(tmp_path: Path) -> Non
             (folder / f"only-{content}").touch()
 
     assert {path.name for path in out.iterdir()} == {"manifest.json", "only-new"}
+
+
+def test_the_old_artifact_comes_back_if_the_second_rename_fails(tmp_path: Path) -> None:
+    out = tmp_path / "artifact"
+    with exporting._WrittenWhole(out) as folder:
+        (folder / "manifest.json").write_text("good")
+
+    with pytest.raises(ExportError, match="cannot be replaced"), exporting._WrittenWhole(out) as folder:
+        folder.rmdir()
+
+    assert (out / "manifest.json").read_text() == "good"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_other_pictures_than_those_it_was_trained_on_are_refused() -> None:
+    kept = a_checkpoint(DATASET)
+    kept.check(DATASET)
+
+    with pytest.raises(TrainingError, match="not the data"):
+        kept.check(dataclasses.replace(DATASET, mean_C=DATASET.mean_C + 1e-3))
+    with pytest.raises(TrainingError, match="not the data"):
+        kept.check(dataclasses.replace(DATASET, labels=LABELS[::-1]))
 
 
 def test_half_precision_keeps_its_promises(tmp_path: Path) -> None:
