@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from service import scheduling
 from service.errors import Outcome, Rejected, Stopped
 from service.inference import Inference
-from service.scheduling import Admission, Ladder, LatencyProfile, StoppedBy, Ticket
+from service.scheduling import Ladder, LatencyProfile, StoppedBy, Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ class Engine:
         if n_inside >= self._max_waiting:
             raise self.refusal(f"{n_inside} requests are being served: retry later.")
         now_s = self._clock()
-        admission = self._admission(deadline_s, now_s)
+        admission = scheduling.admit(deadline_s - self._reserve_s, *self._load(now_s))
         if not admission.is_accepted:
             needs_ms, left_ms = (
                 (admission.needs_s + self._reserve_s) * 1e3,
@@ -188,18 +188,12 @@ class Engine:
 
     def refusal(self, why: str) -> Rejected:
         """A refusal for this reason, with the time until what waits now is done."""
-        now_s = self._clock()
-        return Rejected(why, self._admission(now_s, now_s).retry_after_s * self._jitter())
+        return Rejected(why, scheduling.backlog_s(*self._load(self._clock())) * self._jitter())
 
-    def _admission(self, deadline_s: float, now_s: float) -> Admission:
-        return scheduling.admit(
-            deadline_s - self._reserve_s,
-            now_s,
-            self._running.busy_until_s if self._running else now_s,
-            tuple(self._waiting),
-            self._profile,
-            self._ladder,
-        )
+    def _load(self, now_s: float) -> tuple[float, float, tuple[Request, ...], LatencyProfile, Ladder]:
+        """What the policy must know of everyone inside to judge a newcomer."""
+        busy_until_s = self._running.busy_until_s if self._running else now_s
+        return now_s, busy_until_s, tuple(self._waiting), self._profile, self._ladder
 
     def submit(
         self,

@@ -78,10 +78,6 @@ class LatencyProfile:
             )
         self.batch_sizes = batch_sizes
         self._latencies = {column: dict(by_size) for column, by_size in latencies.items()}
-        self._cheapest_s = {
-            column: min(latency.median_s / size for size, latency in by_size.items())
-            for column, by_size in latencies.items()
-        }
 
     def latency(self, column: str, n_images: int) -> Latency:
         """Latency of a batch, from the next measured size up.
@@ -97,10 +93,6 @@ class LatencyProfile:
     def items(self) -> Iterable[tuple[str, Mapping[int, Latency]]]:
         """Every column with its latencies by batch size."""
         return self._latencies.items()
-
-    def cheapest_s(self, column: str) -> float:
-        """Time per image at the batch size where it is lowest [s]."""
-        return self._cheapest_s[column]
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,12 +170,10 @@ class Admission:
         is_accepted: Its column 1 is predicted to be there in time, and nobody admitted before loses theirs by
             it.
         needs_s: Predicted time until its column 1 would be there [s from now].
-        retry_after_s: Predicted time until what waits now is done [s from now].
     """
 
     is_accepted: bool
     needs_s: float
-    retry_after_s: float
 
 
 def plan(waiting: Sequence[TicketT], now_s: float, profile: LatencyProfile, ladder: Ladder) -> Plan[TicketT]:
@@ -263,6 +253,9 @@ def admit(
 ) -> Admission:
     """Decide whether a request that arrives now can be promised column 1 in time.
 
+    Plays the queue through, with the batches that `plan` would form and every run at its high quantile: the
+    promise holds as long as no run takes longer.
+
     Args:
         ready_by_s: When its result must be there [s].
         now_s: Current time [s].
@@ -273,23 +266,57 @@ def admit(
 
     Cost: O(n log n) in waiting tickets; never blocks.
     """
-    alone_s = profile.latency(ladder.shallowest, 1).high_s
-    each_s = profile.cheapest_s(ladder.shallowest)
     start_s = max(now_s, busy_until_s)
-    queue_s = sorted(ticket.ready_by_s for ticket in waiting if not ticket.columns_run)
-    n_before = bisect_right(queue_s, ready_by_s)
-    end_s = start_s + n_before * each_s + alone_s
-    # Those behind move back by one image: one that would have made it and no longer does was promised
-    # otherwise.
-    is_harmless = not any(
-        start_s + n * each_s + alone_s <= other_s < start_s + (n + 1) * each_s + alone_s
-        for n, other_s in enumerate(queue_s[n_before:], n_before)
+    before_s = _unanswered_s(waiting)
+    place = bisect_right(before_s, ready_by_s)
+    with_it_s = [*before_s[:place], ready_by_s, *before_s[place:]]
+    ends_s = _ends_of_column_1(with_it_s, start_s, profile, ladder)
+    needs_s = ends_s[place] - now_s
+    are_late = [end_s > by_s for by_s, end_s in zip(with_it_s, ends_s, strict=True)]
+    if are_late.pop(place):
+        return Admission(is_accepted=False, needs_s=needs_s)
+    if not any(are_late):
+        return Admission(is_accepted=True, needs_s=needs_s)
+    ends_without_s = _ends_of_column_1(before_s, start_s, profile, ladder)
+    is_harmless = all(
+        end_s > by_s
+        for is_late, by_s, end_s in zip(are_late, before_s, ends_without_s, strict=True)
+        if is_late
     )
-    return Admission(
-        is_accepted=end_s <= ready_by_s and is_harmless,
-        needs_s=end_s - now_s,
-        retry_after_s=start_s - now_s + len(queue_s) * each_s,
-    )
+    return Admission(is_accepted=is_harmless, needs_s=needs_s)
+
+
+def backlog_s(
+    now_s: float, busy_until_s: float, waiting: Sequence[Ticket], profile: LatencyProfile, ladder: Ladder
+) -> float:
+    """Predicted time until everyone who waits now has column 1 [s from now]. Arguments as for `admit`."""
+    free_s = max(now_s, busy_until_s)
+    return max([free_s, *_ends_of_column_1(_unanswered_s(waiting), free_s, profile, ladder)]) - now_s
+
+
+def _unanswered_s(waiting: Sequence[Ticket]) -> list[float]:
+    return sorted(ticket.ready_by_s for ticket in waiting if not ticket.columns_run)
+
+
+def _ends_of_column_1(
+    queue_s: Sequence[float], start_s: float, profile: LatencyProfile, ladder: Ladder
+) -> list[float]:
+    """When column 1 would be there for each of these deadlines (ascending), every run at its high quantile.
+
+    For one past help, on whom `plan` spends nothing: when it would be there if run next.
+    """
+    column, largest = ladder.shallowest, profile.batch_sizes[-1]
+    alone = profile.latency(column, 1)
+    ends_s: list[float] = []
+    now_s = start_s
+    while left_s := queue_s[len(ends_s) : len(ends_s) + largest]:
+        if now_s + alone.median_s > left_s[0]:
+            ends_s.append(now_s + alone.high_s)
+            continue
+        n = _worthwhile_batch(column, left_s, now_s, profile)
+        now_s += profile.latency(column, n).high_s
+        ends_s += [now_s] * n
+    return ends_s
 
 
 def _ready_by(ticket: Ticket) -> float:

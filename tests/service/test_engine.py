@@ -29,6 +29,14 @@ def as_measured(column: str, n_images: int) -> float:
 PROFILE = LatencyProfile(
     {column: {n: Latency(as_measured(column, n), as_measured(column, n)) for n in SIZES} for column in COST_S}
 )
+ERRATIC = LatencyProfile(
+    {
+        column: {n: Latency(as_measured(column, n) / 1.5, as_measured(column, n)) for n in SIZES}
+        for column in COST_S
+    }
+)
+"""Says that runs usually take less than `as_measured`, which is their high quantile."""
+
 LADDER = Ladder(tuple(COST_S), ACCURACY)
 
 
@@ -40,6 +48,7 @@ class Bench:
         *,
         duration_s: Callable[[str, int], float] = as_measured,
         behaviours: tuple[Behaviour, ...] = (),
+        profile: LatencyProfile = PROFILE,
         max_waiting: int = 100,
         jitter: float = 1.0,
     ) -> None:
@@ -49,7 +58,7 @@ class Bench:
         self.observed: list[tuple[str, int, float]] = []
         self.engine = Engine(
             self.processor,
-            PROFILE,
+            profile,
             LADDER,
             clock=loop.time,
             call_at=loop.call_at,
@@ -322,9 +331,11 @@ async def play(
     behaviours: tuple[Behaviour, ...],
     slowness: list[float],
     stop_after_s: float | None,
+    profile: LatencyProfile = PROFILE,
 ) -> Story:
     factors = iter(slowness * 1000)
     bench = Bench(
+        profile=profile,
         duration_s=lambda column, n: as_measured(column, n) * next(factors),
         behaviours=behaviours,
         max_waiting=10,
@@ -392,18 +403,20 @@ def test_laws_hold_whatever_happens(
     run_in_virtual_time(test)
 
 
-@given(arrivals)
-def test_law_whoever_is_admitted_is_answered_in_time_when_runs_take_what_was_measured(
-    callers: list[Arrival],
+@given(arrivals, st.sampled_from([PROFILE, ERRATIC]))
+def test_law_whoever_is_admitted_is_answered_in_time_when_runs_take_what_was_predicted(
+    callers: list[Arrival], profile: LatencyProfile
 ) -> None:
-    """A promise of column 1 holds, and so does every answer's deadline."""
+    """The promise of column 1 holds, even if every run takes its high quantile."""
 
     async def test() -> None:
-        staying = [Arrival(c.after_s, c.budget_s, None, c.min_confidence) for c in callers]
-        story = await play(staying, (), [1.0], None)
+        # Odd budgets, so that no run ends at the very moment of a deadline: which of them then comes first
+        # is up to rounding.
+        staying = [Arrival(c.after_s, c.budget_s + 3e-5, None, c.min_confidence) for c in callers]
+        story = await play(staying, (), [1.0], None, profile)
         for served in story.served.values():
-            if served.outcome == "answered":
-                assert served.settled_s <= served.deadline_s - RESERVE_S + 1e-9
+            assert served.outcome == "answered"
+            assert served.settled_s <= served.deadline_s - RESERVE_S + 1e-9
 
     run_in_virtual_time(test)
 
