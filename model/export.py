@@ -328,7 +328,7 @@ def _test(calibration: Calibration, of: Mapping[str, Tensor], labels_N: Tensor) 
 
 
 def _source(kept: Checkpoint, precision: Precision, note: str) -> dict[str, Any]:
-    here = about_this_machine()
+    here = about_this_machine() | {"precision": precision}
     here["packages"] |= {n: importlib.metadata.version(n) for n in ("onnx", "onnxscript")}
     here["packages"]["onnxruntime"] = onnxruntime.__version__
     return {
@@ -338,7 +338,6 @@ def _source(kept: Checkpoint, precision: Precision, note: str) -> dict[str, Any]
         "seed": kept.seed,
         "epochs": kept.epoch,
         "training_hours": round(kept.seconds / 3600, 2),
-        "precision": precision,
         "note": note,
         "n_train": kept.n_train,
         **kept.made_with,

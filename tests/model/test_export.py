@@ -240,7 +240,7 @@ def test_half_precision_keeps_its_promises(tmp_path: Path) -> None:
     assert {t.data_type for t in graph.initializer if len(t.dims) == 4} == {onnx.TensorProto.FLOAT16}
     assert graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
     assert graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
-    assert manifest["source"]["precision"] == "fp16"
+    assert manifest["source"]["exported_with"]["precision"] == "fp16"
     graph_says = exporting.logits_of_onnx(out / "column-2.onnx", DATASET.test)
     assert torch.isfinite(graph_says).all()
 
