@@ -17,7 +17,7 @@ say = @printf '%s\n' "==> $(1)"
 help: ## list the targets
 	@printf 'make TARGET [ARGS="..."], where TARGET is one of\n\n'
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
-	@printf '\nThe first call sets everything up in %s; nothing is written outside this folder.\n' '$(VENV)'
+	@printf '\nThe first call sets everything up in %s; only measured latencies are kept elsewhere, in your cache folder.\n' '$(VENV)'
 
 # ---- set-up: one environment, grown as targets need it ----
 
