@@ -14,11 +14,11 @@ from typing import TypeVar
 
 import numpy as np
 import orjson
-import python_multipart
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import Field, File
+from python_multipart.multipart import Field, File, create_form_parser
 
 from service.errors import Malformed, TooLarge, UnsupportedType
 
@@ -116,7 +116,7 @@ class Decoder:
     def _fit(self, picture: Image.Image) -> NDArray[np.uint8]:
         """Decode, orient, and bring the largest centred part of the network's shape to its size."""
         try:
-            if picture.format == "JPEG":
+            if isinstance(picture, JpegImageFile):  # or an MPO, as phones write them
                 margin = JPEG_SCALE_MARGIN * max(self._height, self._width)
                 scale = margin / min(picture.size)
                 picture.draft("RGB", (round(picture.width * scale), round(picture.height * scale)))
@@ -178,8 +178,11 @@ def _multipart_image(content_type: str, body: bytes) -> bytes:
             found.append(part.value or b"")
 
     headers = {"Content-Type": content_type.encode("latin-1")}
+    never_on_disk = {"MAX_MEMORY_FILE_SIZE": len(body)}
     try:
-        python_multipart.parse_form(headers, io.BytesIO(body), take_field, take_file)
+        parser = create_form_parser(headers, take_field, take_file, never_on_disk)
+        parser.write(body)
+        parser.finalize()
     except (FormParserError, ValueError) as error:
         raise Malformed(
             f"The form cannot be read ({error}): send multipart/form-data with a boundary."

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import random
+import tempfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.MpoImagePlugin import MpoImageFile
 
 from service.decoding import INLINE_BYTES, Decoder
 from service.errors import Malformed, Problem, TooLarge, UnsupportedType
@@ -91,6 +93,34 @@ def test_a_large_jpeg_shrinks_to_the_same_means(decoder: Decoder) -> None:
     means = square.reshape(SIDE, 24, SIDE, 24, 3).mean(axis=(1, 3))
     body = encoded(tall, "JPEG", quality=95)
     assert np.abs(decode(decoder, "image/jpeg", body) - means).max() <= 3
+
+
+def test_a_phones_multi_picture_file_is_scaled_while_it_is_decoded(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafts: list[object] = []
+    draft = MpoImageFile.draft
+
+    def noted(picture: MpoImageFile, mode: str, size: tuple[int, int]) -> object:
+        drafts.append(size)
+        return draft(picture, mode, size)
+
+    monkeypatch.setattr(MpoImageFile, "draft", noted)
+    flat = Image.new("RGB", (16 * SIDE, 16 * SIDE), (10, 120, 230))
+    body = encoded(flat, "MPO", save_all=True, append_images=[flat])
+    image_HWC = decode(decoder, "image/jpeg", body)
+    assert np.abs(image_HWC.astype(int) - (10, 120, 230)).max() <= 4
+    assert drafts == [(4 * SIDE, 4 * SIDE)]
+
+
+def test_a_large_form_never_touches_the_disk(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_file(*_: object, **__: object) -> None:
+        raise AssertionError("a temporary file was made")
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", no_file)
+    monkeypatch.setattr(tempfile, "mkstemp", no_file)
+    picture = PNG + bytes(2 << 20)  # what follows a PNG's end is ignored
+    np.testing.assert_array_equal(decode(decoder, FORM, form(("image", AS_FILE, picture))), PIXELS)
 
 
 def test_enlarging_keeps_the_colours(decoder: Decoder) -> None:
