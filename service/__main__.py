@@ -114,7 +114,6 @@ def main(arguments: list[str]) -> int:
         access_log=False,
         lifespan="on",
         server_header=False,
-        limit_concurrency=chosen.max_connections,
         timeout_graceful_shutdown=max(1, round(chosen.drain_timeout_s)),
     )
     logger.info("Ready at %s (documentation at %s/docs). Try:", url, url)

@@ -7,6 +7,7 @@ happens elsewhere. There is no loop that could die: each arrival, each end of a 
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -120,7 +121,7 @@ class Engine:
         call_at: Calls back at a time on that clock.
         observe_run: Told column, number of images and duration of every run.
         reserve_s: Kept free of every budget for building and writing the answer [s].
-        max_waiting: Requests in here at once.
+        max_waiting: Requests in here at once. One that has an answer makes room for one that has none.
         jitter: A factor for each retry time, so that rejected callers do not all return at once.
     """
 
@@ -162,7 +163,7 @@ class Engine:
         """Requests in here that are not running."""
         return len(self._waiting)
 
-    def check_admission(self, deadline_s: float) -> None:
+    def check_admission(self, arrived_s: float, deadline_s: float) -> None:
         """Find out, before anything is spent on a request, whether it would be taken in now.
 
         Raises:
@@ -171,20 +172,37 @@ class Engine:
         """
         if self._is_stopping:
             raise Stopped("This server is stopping: send the request again, another one will take it.")
-        n_inside = len(self._waiting) + (len(self._running.batch) if self._running else 0)
-        if n_inside >= self._max_waiting:
-            raise self.refusal(f"{n_inside} requests are being served: retry later.")
+        n_unanswered = sum(not request.columns_run for request in self._inside())
+        if n_unanswered >= self._max_waiting:
+            raise self.refusal(f"{n_unanswered} requests wait for their first answer: retry later.")
         now_s = self._clock()
         admission = scheduling.admit(deadline_s - self._reserve_s, *self._load(now_s))
         if not admission.is_accepted:
-            needs_ms, left_ms = (
-                (admission.needs_s + self._reserve_s) * 1e3,
-                max(0.0, deadline_s - now_s) * 1e3,
-            )
-            raise self.refusal(
-                f"An answer would take about {needs_ms:.2f} ms and {left_ms:.2f} ms are left: grant more or "
-                "retry later."
-            )
+            raise self.refusal(self._why_not_in_time(arrived_s, deadline_s, now_s, admission.needs_s))
+
+    def _why_not_in_time(self, arrived_s: float, deadline_s: float, now_s: float, needs_s: float) -> str:
+        """One sentence; retrying is advised only to one whose budget would do on an idle server."""
+        alone_s = self._profile.latency(self._ladder.shallowest, 1).high_s
+        least_s = now_s - arrived_s + alone_s + self._reserve_s
+        remedy = "grant more or retry later"
+        if deadline_s - arrived_s < least_s:
+            remedy = f"grant at least {math.ceil(least_s * 1e5) / 1e2:.2f} ms"
+        return (
+            f"An answer would take about {(needs_s + self._reserve_s) * 1e3:.2f} ms and "
+            f"{max(0.0, deadline_s - now_s) * 1e3:.2f} ms are left: {remedy}."
+        )
+
+    def _inside(self) -> list[Request]:
+        """Everyone not settled."""
+        running = self._running.batch if self._running else ()
+        return [*self._waiting, *(request for request in running if not request.settled.done())]
+
+    def _make_room(self) -> None:
+        """An answer for a newcomer is worth more than a better one for somebody else."""
+        inside = self._inside()
+        if len(inside) >= self._max_waiting:
+            answered = (request for request in inside if request.columns_run)
+            self._settle(min(answered, key=lambda request: request.ready_by_s), "answered", "load")
 
     def refusal(self, why: str) -> Rejected:
         """A refusal for this reason, with the time until what waits now is done."""
@@ -210,7 +228,8 @@ class Engine:
 
         Cancellation: call `leave`, whatever the reason.
         """
-        self.check_admission(deadline_s)
+        self.check_admission(arrived_s, deadline_s)
+        self._make_room()
         request = Request(
             ready_by_s=deadline_s - self._reserve_s,
             min_confidence=min_confidence,
@@ -243,7 +262,7 @@ class Engine:
             logger.warning("A run did not end within %.1f s of stopping: its requests are let go.", timeout_s)
         if self._running:
             for request in self._running.batch:
-                self._settle_with_what_there_is(request, "stopped")
+                self._settle_with_what_there_is(request, "stopped", "load")
 
     def _advance(self) -> None:
         """Settle who is done and start the next run, if none is in progress."""
@@ -298,7 +317,7 @@ class Engine:
         except (Exception, asyncio.CancelledError):  # whatever a run raises fails this run alone
             logger.exception("A run of column %s for %d images failed.", run.column, len(run.batch))
             for request in run.batch:
-                self._settle_with_what_there_is(request, "failed")
+                self._settle_with_what_there_is(request, "failed", "load")
         self._advance()
 
     def _take_in(self, request: Request, column: str, logits_K: NDArray[np.float32]) -> None:
@@ -311,17 +330,27 @@ class Engine:
 
     def _ready_or_never(self, request: Request) -> None:
         """Send what there is, in the last moment for it. A first run in progress goes on: a late answer."""
-        if request in self._waiting and self._running:
-            request.lost_s += _overlap_s(request, self._running, self._clock())
         if request.columns_run or request in self._waiting:
             self._settle_with_what_there_is(request, "expired")
 
-    def _settle_with_what_there_is(self, request: Request, otherwise: Outcome) -> None:
-        if request.columns_run:
-            reason = scheduling.stopped_by(request, self._clock(), self._profile, self._ladder)
-            self._settle(request, "answered", reason)
-        else:
+    def _settle_with_what_there_is(
+        self, request: Request, otherwise: Outcome, reason: StoppedBy | None = None
+    ) -> None:
+        """Settle with the answer in hand, if there is one.
+
+        Args:
+            request: Waiting or running.
+            otherwise: What became of it if it has no answer.
+            reason: Why the answer is no deeper one. None: whatever the policy says.
+        """
+        if not request.columns_run:
             self._settle(request, otherwise)
+            return
+        now_s = self._clock()
+        if request in self._waiting and self._running:
+            request.lost_s += _overlap_s(request, self._running, now_s)
+        reason = reason or scheduling.stopped_by(request, now_s, self._profile, self._ladder)
+        self._settle(request, "answered", reason)
 
     def _settle(self, request: Request, outcome: Outcome, stopped_by: StoppedBy | None = None) -> None:
         """The only place where a request ends. Harmless for one that has ended already."""

@@ -41,8 +41,8 @@ PREDICTION_SCHEMA: dict[str, Any] = {
         "stopped_by": {
             "enum": list(STOPPED_BY),
             "description": "`budget`: no deeper rung fitted; `confidence`: min_confidence was reached; "
-            "`deepest`: "
-            "nothing more accurate exists; `load`: a deeper rung would have fitted were this request alone.",
+            "`deepest`: nothing more accurate exists; `load`: a deeper rung would have fitted, had nothing "
+            "come in between (other requests, a stop, a failed run).",
         },
         "budget_ms": _MILLISECONDS,
         "elapsed_ms": {

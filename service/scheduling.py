@@ -232,15 +232,15 @@ def plan(waiting: Sequence[TicketT], now_s: float, profile: LatencyProfile, ladd
 def stopped_by(ticket: Ticket, now_s: float, profile: LatencyProfile, ladder: Ladder) -> StoppedBy:
     """Why an answer given now is not a deeper one.
 
-    `load` means that a deeper rung would have fitted, had the ticket not lost time to others. `deepest`
-    includes that deeper rungs exist but none makes the answer more accurate.
+    `load` means that a deeper rung would have fitted, had nothing come in between: others that took the time,
+    a stop, a run that failed. `deepest` includes that deeper rungs exist but none makes the answer more
+    accurate.
     """
     if _is_content(ticket):
         return "confidence"
     if not ladder.improvements(ticket.columns_run):
         return "deepest"
-    alone = _best_way(ticket, now_s - ticket.lost_s, profile, ladder) if ticket.lost_s > 0 else None
-    return "load" if alone else "budget"
+    return "load" if _best_way(ticket, now_s - ticket.lost_s, profile, ladder) else "budget"
 
 
 def admit(

@@ -83,7 +83,8 @@ class Settings(BaseSettings):
     max_waiting: int = Field(
         512,
         ge=1,
-        description="Requests in the engine at once; above it 429. Larger: more memory, slower planning.",
+        description="Requests in the engine at once: beyond it those that have an answer are sent it, and if "
+        "none has, 429. Larger: more memory, slower planning.",
     )
 
     max_body_bytes: int = Field(
@@ -104,8 +105,11 @@ class Settings(BaseSettings):
         description="How long a body may take to arrive; above it 408. Larger: slow callers hold "
         "connections longer.",
     )
-    max_connections: int = Field(
-        1024, ge=1, description="Connections and requests at once; above it 503 at once. Larger: more memory."
+    max_open_requests: int = Field(
+        1024,
+        ge=1,
+        description="Requests to /predict at once, those still sending their body included; above it 429. "
+        "Larger: more memory.",
     )
     decode_threads: int = Field(
         2,

@@ -142,14 +142,16 @@ async def test_a_request_that_never_ran_expires_on_time_and_costs_nothing() -> N
 async def test_what_cannot_be_had_in_time_is_rejected_with_a_computed_retry_time() -> None:
     bench = Bench(jitter=1.25)
     bench.submit(1, 0.050)
-    with pytest.raises(Rejected, match=r"2\.50 ms and 2.00 ms are left") as rejected:
+    with pytest.raises(
+        Rejected, match=r"2\.50 ms and 2.00 ms are left: grant more or retry later"
+    ) as rejected:
         bench.submit(2, 0.002)
     assert rejected.value.retry_after_s == pytest.approx(0.001 * 1.25)
 
 
 @in_virtual_time
 async def test_a_budget_that_is_gone_on_arrival_is_rejected() -> None:
-    with pytest.raises(Rejected, match=r"0\.00 ms are left"):
+    with pytest.raises(Rejected, match=r"0\.00 ms are left: grant at least 1\.50 ms\.$"):
         Bench().submit(1, 0.0)
 
 
@@ -161,6 +163,18 @@ async def test_a_full_engine_rejects() -> None:
         bench.submit(3, 1.0)
     await asyncio.gather(*(request.settled for request in requests))
     assert (await bench.submit(3, 1.0).settled).outcome == "answered"
+
+
+@in_virtual_time
+async def test_a_full_engine_gives_up_refinements_before_answers() -> None:
+    bench = Bench(max_waiting=2)
+    later, sooner = bench.submit(1, 1.0), bench.submit(2, 0.9)
+    await asyncio.sleep(0.0021)
+    assert later.columns_run == sooner.columns_run == ("1",)
+    newcomer = bench.submit(3, 0.050)
+    served = sooner.settled.result()
+    assert (served.outcome, served.columns_run, served.stopped_by) == ("answered", ("1",), "load")
+    assert (await later.settled).columns_run == (await newcomer.settled).columns_run == ("1", "2", "3")
 
 
 @in_virtual_time
@@ -248,7 +262,27 @@ def test_a_failed_run_fails_its_batch_alone(behaviour: Behaviour) -> None:
 async def test_a_failed_refinement_leaves_the_answer_in_hand() -> None:
     bench = Bench(behaviours=("good", "raises"))
     served = await bench.submit(1, 0.050).settled
-    assert (served.outcome, served.columns_run) == ("answered", ("1",))
+    assert (served.outcome, served.columns_run, served.stopped_by) == ("answered", ("1",), "load")
+
+
+@in_virtual_time
+async def test_a_stop_is_named_as_the_reason_only_where_it_is() -> None:
+    bench = Bench()
+    more_would_fit, nothing_fits = bench.submit(1, 0.050), bench.submit(2, 0.003)
+    await asyncio.sleep(0.0015)
+    await bench.engine.stop(1.0)
+    assert more_would_fit.settled.result().stopped_by == "load"
+    assert nothing_fits.settled.result().stopped_by == "budget"
+
+
+@in_virtual_time
+async def test_a_stop_that_lets_go_of_a_refinement_is_the_reason() -> None:
+    bench = Bench(duration_s=lambda column, n: 1e6 if column == "2" else as_measured(column, n))
+    request = bench.submit(1, 0.013)
+    await asyncio.sleep(0.002)
+    await bench.engine.stop(0.010)
+    served = request.settled.result()
+    assert (served.columns_run, served.stopped_by) == (("1",), "load")
 
 
 @in_virtual_time

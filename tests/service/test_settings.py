@@ -29,7 +29,7 @@ def test_names_and_defaults_are_frozen() -> None:
         "max_body_bytes": 16_777_216,
         "max_pixels": 25_000_000,
         "body_timeout_s": 10.0,
-        "max_connections": 1024,
+        "max_open_requests": 1024,
         "decode_threads": 2,
         "provider": "auto",
         "intra_op_threads": 1,
