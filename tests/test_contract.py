@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,7 +24,12 @@ from tests.model.small import a_checkpoint, a_dataset
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dataset = a_dataset()
     out = tmp_path_factory.mktemp("contract") / "artifact"
-    export(a_checkpoint(dataset), dataset, out, name="small", version="1", with_joined=True)
+    manifest = export(a_checkpoint(dataset), dataset, out, name="small", version="1", with_joined=True)
+    # An untrained net has no combination worth serving; what counts here is that both sides read one alike.
+    ensemble = {"columns": ["1", "2", "full"], "weights": [0.2, 0.5, 0.3], "bias": [0.3, 0.0, -0.1, -0.2]}
+    measured = {"temperature": 1.4, "accuracy": 0.5, "nll": 1.0, "ece": 0.1}
+    manifest["combinations"].append(ensemble | measured)
+    (out / "manifest.json").write_text(json.dumps(manifest))
     return out
 
 

@@ -7,7 +7,7 @@ import torch
 
 from model import evaluate
 from model import export as exporting
-from model.calibrate import Measured, measure, recalibrated
+from model.calibrate import Combination, Measured, measure, recalibrated
 from model.evaluate import Artifact, Point
 from model.export import export
 from tests.model.small import a_checkpoint, a_dataset, a_network
@@ -21,13 +21,16 @@ def test_accuracy_of_the_artifact_is_that_of_the_network(tmp_path: Path) -> None
     dataset = a_dataset()
     export(a_checkpoint(dataset), dataset, tmp_path / "a", name="n", version="1")
     artifact = Artifact(tmp_path / "a")
+    if all(c.columns != ("1", "2") for c in artifact.combinations):
+        artifact.combinations.append(Combination(("1", "2"), (0.5, 0.5), 1.0, (0.0,) * 4))
 
     points, taken = evaluate.evaluate(artifact, dataset.test)
 
     assert set(taken) == {"1", "2"}
     by_columns = {point.columns: point for point in points}
     said = artifact.manifest["test"]["accuracy"]
-    assert {"+".join(c): round(p.measured.accuracy, 6) for c, p in by_columns.items()} == said
+    for name, accuracy in said.items():
+        assert round(by_columns[tuple(name.split("+"))].measured.accuracy, 6) == accuracy
     with torch.no_grad():
         net = recalibrated(a_network(0), dataset)
         of = {str(k): net.column(k)(dataset.normalise(dataset.test.images_NCHW)) for k in (1, 2)}
@@ -35,6 +38,7 @@ def test_accuracy_of_the_artifact_is_that_of_the_network(tmp_path: Path) -> None
         expected = measure(combination.log_probabilities(of), dataset.test.labels_N)
         assert abs(by_columns[combination.columns].measured.nll - expected.nll) < 1e-4
     assert by_columns["1",].macs == artifact.rungs["1"]["macs"]
+    assert by_columns["1", "2"].macs == artifact.rungs["1"]["macs"] + artifact.rungs["2"]["macs"]
 
 
 def test_refinement_adds_a_column_at_a_time_and_skips_what_does_not_pay() -> None:

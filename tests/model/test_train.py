@@ -196,6 +196,9 @@ def test_the_loss_weighs_the_joined_net_and_each_column(toy: Dataset) -> None:
     of_columns = loss(net.column(1)(images_NCHW)) + loss(net.column(2)(images_NCHW))
     torch.testing.assert_close(value, loss(net(images_NCHW, masks)) + 0.25 * of_columns)
 
+    shared = _Objective(net, dataclasses.replace(recipe, column_weight=None))
+    torch.testing.assert_close(shared(images_NCHW, labels_N, [Global(1), Global(2)]), of_columns / 2)
+
 
 def test_weight_decay_spares_batchnorm_and_biases(toy: Dataset, tmp_path: Path) -> None:
     run = a_run(toy, tmp_path, dataclasses.replace(RECIPES["anytime"], batch_size=12))
