@@ -11,7 +11,8 @@ import math
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,24 @@ MAX_RUNS = 400
 """Enough for a steady 0.95 quantile (20 runs above it); more only costs start-up time."""
 
 
+CHECK_SECONDS = 0.2
+"""Time for checking a remembered profile, all columns together."""
+
+TOLERANCE = 1.5
+"""A remembered median that is off by more than this factor, either way, is of another machine in effect:
+other neighbours, another power mode, fewer cores. Not yet tuned."""
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
 async def measure(
-    inference: Inference, processor: Processor, *, batch_sizes: Sequence[int], quantile: float, seconds: float
+    inference: Inference,
+    processor: Processor,
+    *,
+    batch_sizes: Sequence[int],
+    quantile: float,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> LatencyProfile:
     """Measure the median and a high quantile for every column and batch size.
 
@@ -39,6 +56,7 @@ async def measure(
         batch_sizes: Sizes to measure, 1 among them.
         quantile: Which quantile to call high.
         seconds: Time for all of it, shared equally; exceeded only by what the least number of runs takes.
+        clock: Monotonic time [s].
     """
     spec = inference.manifest.input
     rng = np.random.default_rng(0)
@@ -47,11 +65,11 @@ async def measure(
     latencies: dict[str, dict[int, Latency]] = {}
     for column, size in pairs:
         runs_s: list[float] = []
-        until_s = time.perf_counter() + seconds / len(pairs)
-        while len(runs_s) < MIN_RUNS or (len(runs_s) < MAX_RUNS and time.perf_counter() < until_s):
-            started_s = time.perf_counter()
+        until_s = clock() + seconds / len(pairs)
+        while len(runs_s) < MIN_RUNS or (len(runs_s) < MAX_RUNS and clock() < until_s):
+            started_s = clock()
             await processor.start(column, [image_HWC] * size)
-            runs_s.append(time.perf_counter() - started_s)
+            runs_s.append(clock() - started_s)
         median_s, high_s = np.quantile(runs_s, [0.5, quantile]).tolist()
         latencies.setdefault(column, {})[size] = Latency(median_s, high_s)
     return LatencyProfile(latencies)
@@ -66,14 +84,17 @@ async def recall_or_measure(
     seconds: float,
     intra_op_threads: int,
     cache: Path | None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> LatencyProfile:
     """The remembered profile of this artifact on this machine, or a new one. Arguments as for `measure`.
 
+    What is remembered is checked by a few runs first: a machine may have become faster or slower since.
     A cache that cannot be read counts as none; one that cannot be written is reported and does no other harm.
     """
     key = {
         "processor": _processor_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_quota": _cpu_quota(),
         "onnxruntime": onnxruntime.__version__,
         "provider": inference.provider,
         "intra_op_threads": intra_op_threads,
@@ -82,14 +103,24 @@ async def recall_or_measure(
         "quantile": quantile,
     }
     path = cache and cache / f"profile-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+    measure_here = partial(measure, inference, processor, quantile=quantile, clock=clock)
     if path and (profile := _recall(path, key)):
-        logger.info("Latencies recalled from %s (delete it to measure again).", path)
-        return profile
+        now = await measure_here(batch_sizes=(1,), seconds=CHECK_SECONDS)
+        if _agree(profile, now):
+            logger.info("Latencies recalled from %s (delete it to measure again).", path)
+            return profile
+        logger.info("The latencies remembered in %s no longer hold.", path)
     logger.info("Measuring latencies on this machine for about %.0f s.", seconds)
-    profile = await measure(inference, processor, batch_sizes=batch_sizes, quantile=quantile, seconds=seconds)
+    profile = await measure_here(batch_sizes=batch_sizes, seconds=seconds)
     if path:
         _remember(path, key, profile)
     return profile
+
+
+def _agree(remembered: LatencyProfile, now: LatencyProfile) -> bool:
+    """Whether the median of one image is about the same for every column."""
+    ratios = (by_size[1].median_s / remembered.latency(column, 1).median_s for column, by_size in now.items())
+    return all(1 / TOLERANCE <= ratio <= TOLERANCE for ratio in ratios)
 
 
 def _recall(path: Path, key: dict[str, object]) -> LatencyProfile | None:
@@ -132,6 +163,14 @@ def _remember(path: Path, key: dict[str, object], profile: LatencyProfile) -> No
         logger.warning(
             "Latencies cannot be remembered in %s (%s): every start will measure them.", path, error
         )
+
+
+def _cpu_quota() -> str | None:
+    """What a container may use of its cores; None where nothing says so."""
+    try:
+        return CPU_QUOTA.read_text().strip()
+    except OSError:
+        return None
 
 
 def _processor_name() -> str:

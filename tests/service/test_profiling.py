@@ -4,14 +4,17 @@ import asyncio
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from service import profiling
 from service.engine import InferenceThread
 from service.inference import Inference
 from service.profiling import measure, recall_or_measure
 from service.scheduling import LatencyProfile
+from tests.fakes import FakeProcessor, run_in_virtual_time
 from tests.service import toy_artifact
 
 SIZES = (1, 3)
@@ -30,20 +33,37 @@ def as_dict(profile: LatencyProfile) -> dict[str, dict[int, tuple[float, float]]
     }
 
 
-def recall(
-    inference: Inference, thread: ThreadPoolExecutor, cache: Path | None, n_threads: int = 1
-) -> LatencyProfile:
-    return asyncio.run(
-        recall_or_measure(
+@dataclass
+class Machine:
+    """A machine in virtual time, as fast as it is told."""
+
+    inference: Inference
+    cache: Path | None
+    factors: dict[str, float] = field(default_factory=lambda: dict.fromkeys(toy_artifact.COLUMNS, 1.0))
+    n_runs: int = 0
+
+    def start_up(self, inference: Inference | None = None, n_threads: int = 1) -> LatencyProfile:
+        return run_in_virtual_time(lambda: self._start_up(inference or self.inference, n_threads))
+
+    async def _start_up(self, inference: Inference, n_threads: int) -> LatencyProfile:
+        processor = FakeProcessor(lambda column, n: int(column) * n * 1e-3 * self.factors[column])
+        profile = await recall_or_measure(
             inference,
-            InferenceThread(inference, thread),
+            processor,
             batch_sizes=SIZES,
             quantile=0.9,
-            seconds=0.001,
+            seconds=1.0,
             intra_op_threads=n_threads,
-            cache=cache,
+            cache=self.cache,
+            clock=asyncio.get_running_loop().time,
         )
-    )
+        self.n_runs = len(processor.runs)
+        return profile
+
+
+@pytest.fixture
+def machine(inference: Inference, tmp_path: Path) -> Machine:
+    return Machine(inference, tmp_path / "cache")
 
 
 def test_every_column_and_size_is_measured(inference: Inference, thread: ThreadPoolExecutor) -> None:
@@ -56,28 +76,51 @@ def test_every_column_and_size_is_measured(inference: Inference, thread: ThreadP
         assert all(0 < median_s <= high_s for median_s, high_s in by_size.values())
 
 
-def test_a_second_start_recalls_the_first(
-    inference: Inference, thread: ThreadPoolExecutor, tmp_path: Path
+def test_a_second_start_recalls_the_first_after_a_brief_check(machine: Machine) -> None:
+    first, n_runs = machine.start_up(), machine.n_runs
+    assert first.latency("3", 3).median_s == pytest.approx(0.009)
+    machine.factors |= {"2": 1.4, "3": 0.7}
+    assert as_dict(machine.start_up()) == as_dict(first)
+    assert 0 < machine.n_runs < n_runs / 3
+
+
+@pytest.mark.parametrize("factor", [1.6, 0.6])
+@pytest.mark.parametrize("column", toy_artifact.COLUMNS)
+def test_what_is_remembered_of_a_machine_that_has_changed_is_measured_anew(
+    machine: Machine, column: str, factor: float
 ) -> None:
-    first = recall(inference, thread, tmp_path / "new")
-    assert as_dict(recall(inference, thread, tmp_path / "new")) == as_dict(first)
+    machine.start_up()
+    machine.factors[column] = factor
+    changed = machine.start_up()
+    assert changed.latency(column, 3).median_s == pytest.approx(int(column) * 3e-3 * factor)
+    assert as_dict(machine.start_up()) == as_dict(changed)
 
 
 def test_without_a_folder_nothing_is_kept(
-    inference: Inference, thread: ThreadPoolExecutor, tmp_path: Path
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recall(inference, thread, None)
+    monkeypatch.chdir(tmp_path)
+    machine.cache = None
+    machine.start_up()
+    n_runs = machine.n_runs
+    machine.start_up()
+    assert machine.n_runs == n_runs
     assert list(tmp_path.iterdir()) == []
 
 
 def test_another_setup_is_measured_anew(
-    inference: Inference, thread: ThreadPoolExecutor, tmp_path: Path
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recall(inference, thread, tmp_path)
-    recall(inference, thread, tmp_path, n_threads=2)
-    other = Inference(inference.manifest, inference._sessions, provider="cpu", sha256="f" * 64)
-    recall(other, thread, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 3
+    inference = machine.inference
+    machine.start_up()
+    machine.start_up(n_threads=2)
+    machine.start_up(Inference(inference.manifest, inference._sessions, provider="cpu", sha256="f" * 64))
+    quota = tmp_path / "cpu.max"
+    quota.write_text("150000 100000\n")
+    monkeypatch.setattr(profiling, "CPU_QUOTA", quota)
+    machine.start_up()
+    assert machine.cache is not None
+    assert len(list(machine.cache.iterdir())) == 4
 
 
 @pytest.mark.parametrize(
@@ -89,24 +132,21 @@ def test_another_setup_is_measured_anew(
         pytest.param(None, id="negative times"),
     ],
 )
-def test_a_damaged_memory_is_measured_anew(
-    inference: Inference, thread: ThreadPoolExecutor, tmp_path: Path, content: str | None
-) -> None:
-    recall(inference, thread, tmp_path)
-    (path,) = tmp_path.iterdir()
-    good = json.loads(path.read_text())
+def test_a_damaged_memory_is_measured_anew(machine: Machine, content: str | None) -> None:
+    first = machine.start_up()
+    assert machine.cache is not None
+    (path,) = machine.cache.iterdir()
+    good = path.read_text()
     if content is None:
-        damaged = json.loads(path.read_text())
+        damaged = json.loads(good)
         damaged["latencies_s"]["1"]["1"] = [-1.0, 2.0]
         content = json.dumps(damaged)
     path.write_text(content)
-    profile = recall(inference, thread, tmp_path)
-    assert all(median_s > 0 for by_size in as_dict(profile).values() for median_s, _ in by_size.values())
-    assert json.loads(path.read_text())["key"] == good["key"]
+    assert as_dict(machine.start_up()).keys() == as_dict(first).keys()
+    assert json.loads(path.read_text())["key"] == json.loads(good)["key"]
 
 
-def test_a_folder_that_cannot_be_written_does_no_harm(
-    inference: Inference, thread: ThreadPoolExecutor, tmp_path: Path
-) -> None:
-    (tmp_path / "file").touch()
-    assert as_dict(recall(inference, thread, tmp_path / "file")).keys() == set(toy_artifact.COLUMNS)
+def test_a_folder_that_cannot_be_written_does_no_harm(machine: Machine, tmp_path: Path) -> None:
+    machine.cache = tmp_path / "file"
+    machine.cache.touch()
+    assert as_dict(machine.start_up()).keys() == set(toy_artifact.COLUMNS)
