@@ -9,9 +9,9 @@ import pytest
 
 from loadtests.http_accuracy import Answer, Offline, judge, main, read_test_images
 from tests.service import toy_artifact
-from tests.service.conftest import Running, artifact, inference, server
+from tests.service.conftest import Launcher, Running, artifact, inference, launch, profile_of, server
 
-__all__ = ["artifact", "inference", "server"]  # fixtures
+__all__ = ["artifact", "inference", "launch", "server"]  # fixtures
 
 N = 20
 
@@ -39,7 +39,10 @@ def test_answers_over_http_are_those_of_the_artifact(server: Running, artifact: 
         ]
     )
     assert status == 0
-    (result,) = json.loads(out.read_text())["results"]
+    record = json.loads(out.read_text())
+    assert record["processor"]
+    assert record["cores"] >= 1
+    (result,) = record["results"]
     assert result["mismatches"] == 0
     group = result["by_columns_run"]["1+2+3"]
     assert group["n"] == N
@@ -59,3 +62,21 @@ def test_a_wrong_answer_is_found(artifact: Path, data: Path) -> None:
     result = judge([*answers, Answer(0, 429, (), -1, is_called_met=False, took_ms=0.5)], 5.0, labels, offline)
     assert result["mismatches"] == 1
     assert result["attainment_by_client"] == N / (N + 1)
+
+
+def test_a_budget_that_got_no_answer_fails(launch: Launcher, artifact: Path, data: Path) -> None:
+    hopeless = launch(profile=profile_of(1.0))
+    url = str(hopeless.client.base_url)
+    status = main(["--data", str(data), "--artifact", str(artifact), "--url", url, "--budgets", "5"])
+    assert status == 1
+
+
+def test_a_malicious_file_runs_nothing(data: Path, tmp_path: Path) -> None:
+    class Malicious:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (Path.touch, (tmp_path / "ran",))
+
+    (data / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(pickle.UnpicklingError, match="download it anew"):
+        read_test_images(data, N, toy_artifact.HEIGHT, toy_artifact.WIDTH)
+    assert not (tmp_path / "ran").exists()
