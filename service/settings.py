@@ -194,6 +194,11 @@ def load(arguments: Sequence[str] = ()) -> Settings:
     unknown = sorted(
         name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in known
     )
+    if f"{PREFIX}SERVICE_HOST" in os.environ:
+        raise SettingsError(
+            "ANYTIME_SERVICE_HOST is set by Kubernetes, with ANYTIME_PORT and more, for a Service named "
+            "anytime: set enableServiceLinks: false in the pod's spec, or name the Service otherwise."
+        )
     if unknown:
         raise SettingsError(
             f"Unknown setting {', '.join(unknown)}: remove it or correct its name; known are "

@@ -292,6 +292,7 @@ async def test_stopping_lets_the_run_answer_and_turns_the_waiting_away() -> None
     await bench.engine.stop(1.0)
     assert bench.now() == pytest.approx(0.001)
     assert (running.settled.result().outcome, running.settled.result().columns_run) == ("answered", ("1",))
+    assert running.settled.result().stopped_by == "load"  # more would have fitted
     assert waiting.settled.result().outcome == "stopped"
     with pytest.raises(Stopped):
         bench.submit(3, 0.050)

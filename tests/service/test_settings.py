@@ -63,6 +63,14 @@ def test_an_unknown_variable_refuses_to_start(monkeypatch: pytest.MonkeyPatch) -
         load()
 
 
+def test_variables_that_kubernetes_sets_are_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANYTIME_PORT", "tcp://10.0.0.7:8000")
+    monkeypatch.setenv("ANYTIME_SERVICE_HOST", "10.0.0.7")
+    monkeypatch.setenv("ANYTIME_PORT_8000_TCP", "tcp://10.0.0.7:8000")
+    with pytest.raises(SettingsError, match="enableServiceLinks: false"):
+        load()
+
+
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
