@@ -119,8 +119,11 @@ def run_tests(copy: Path, tests: Sequence[str]) -> str:
         f"--junitxml={report}",
         *tests,
     ]
-    # The copy precedes an editable install of the working tree; without bytecode files none can be stale.
-    environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(copy),  # precedes an editable install of the working tree
+        "PYTHONDONTWRITEBYTECODE": "1",  # without bytecode files none can be stale
+        "PYTEST_DEBUG_TEMPROOT": str(report.parent),  # runs side by side leave each other's files alone
+    }
     with subprocess.Popen(
         command,
         cwd=copy,
