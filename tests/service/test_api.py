@@ -5,16 +5,21 @@ import io
 import json
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import numpy as np
+import orjson
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from service.api import Parameters, Service
+from service.engine import Served
 from service.errors import OUTCOMES
 from service.inference import Inference
+from service.settings import Settings
 from tests.service import toy_artifact
 from tests.service.conftest import BATCH_SIZES, Launcher, Running, profile_of
 
@@ -282,6 +287,34 @@ def test_an_answer_past_its_deadline_says_so(blocked: Running, session: BlockedS
     assert answer["deadline_met"] is False
     assert answer["elapsed_ms"] > answer["budget_ms"]
     assert blocked.metric('anytime_requests_total{outcome="late"}') == 1
+
+
+def test_the_time_it_takes_to_write_a_long_answer_counts(
+    inference: Inference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 0.0
+
+    def slow_dumps(document: dict[str, Any]) -> bytes:
+        nonlocal now_s
+        now_s += 1.0 if "top" in document else 0.0
+        return json.dumps(document).encode()
+
+    with ThreadPoolExecutor(1) as thread:
+        service = Service(Settings(profile_cache=None), inference, thread, profile_of(1e-5), lambda: now_s)
+        monkeypatch.setattr(orjson, "dumps", slow_dumps)
+        served = Served(
+            outcome="answered",
+            arrived_s=0.0,
+            deadline_s=0.5,
+            settled_s=0.0,
+            queue_s=0.0,
+            inference_s=0.0,
+            columns_run=("1",),
+            probabilities_K=np.full(5, 0.2, np.float32),
+        )
+        answer = json.loads(bytes(service._prediction(served, Parameters(0.5, 5, None), 0.0).body))
+    assert answer["deadline_met"] is False
+    assert answer["elapsed_ms"] == 1000
 
 
 def test_a_run_that_fails_is_500_and_the_next_is_served(blocked: Running, session: BlockedSession) -> None:
