@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "processor": _processor_name(),
             "cores": os.cpu_count(),
-            "machine": f"{platform.machine()}, {platform.system()} {platform.release()}",
+            "machine": f"{platform.machine()}, {platform.system()}",
             "artifact": f"{manifest['name']}@{manifest['version']}",
             "results": results,
         }
