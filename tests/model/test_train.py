@@ -611,11 +611,14 @@ def test_ctrl_c_before_the_first_epoch_says_that_nothing_is_kept(
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     user = threading.Thread(target=press_ctrl_c_while_it_is_read)
+    # A shell starts its background jobs with Ctrl-C ignored; these tests may be one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     user.start()
     try:
         code = main(command(pictures, tmp_path / "out"))
     finally:
         user.join()
+        signal.signal(signal.SIGINT, before)
 
     assert code == 130
     assert "stopped; no epoch was finished, none is kept" in capsys.readouterr().err
