@@ -318,8 +318,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         kept = Checkpoint.load(options.checkpoint)
-        dataset = data.load(kept.dataset, options.data, size=kept.architecture.size, seed=kept.seed)
-        kept.check(dataset)
+        dataset = kept.load_data(options.data)
     except (TrainingError, data.DataError) as error:
         print(f"model.calibrate: {error}", file=sys.stderr)
         return 1

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from model import data
-from model.calibrate import CONFIDENCE_EDGES, Calibration, calibrate, key, measure, recalibrated
+from model.calibrate import CONFIDENCE_EDGES, Calibration, calibrate, key, measure, recalibrate
 from model.fractalnet import ConvUnit, FractalNet, cost
 from model.train import Checkpoint, TrainingError, about_this_machine
 
@@ -182,8 +182,10 @@ def export(
     Raises:
         ExportError: if a graph differs from PyTorch or the folder cannot be written; `out` is then as it was.
     """
-    net = recalibrated(kept.network(), dataset)
+    net = kept.network()
     networks = {n: network for n, network in net.networks().items() if n != "full" or with_joined}
+    for network in networks.values():
+        recalibrate(network, dataset)
     architecture = net.architecture
     example_NHWC = channels_last(dataset.held_out.images_NCHW[: max(PARITY_BATCHES)])
     if len(example_NHWC) < max(PARITY_BATCHES):
@@ -401,8 +403,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         kept = Checkpoint.load(options.checkpoint)
-        dataset = data.load(kept.dataset, options.data, size=kept.architecture.size, seed=kept.seed)
-        kept.check(dataset)
+        dataset = kept.load_data(options.data)
         depth = kept.architecture.depth(kept.architecture.n_columns)
         manifest = export(
             kept,

@@ -277,6 +277,17 @@ class Checkpoint:
                 f"{len(self.labels)} labels): give the same folder, unchanged, with --data"
             )
 
+    def load_data(self, folder: Path) -> data.Dataset:
+        """Read the data that was trained on, split as it was then.
+
+        Raises:
+            TrainingError: as `check`.
+            data.DataError: if it is missing or broken.
+        """
+        dataset = data.load(self.dataset, folder, size=self.architecture.size, seed=self.seed)
+        self.check(dataset)
+        return dataset
+
     def network(self) -> FractalNet:
         """The trained network, in evaluation mode."""
         net = FractalNet(self.architecture)
