@@ -10,12 +10,10 @@ one differs, or if a budget got no answer at all: then it has shown nothing.
 """
 
 import argparse
-import contextlib
 import http.client
 import io
 import json
 import os
-import pickle
 import platform
 import sys
 import time
@@ -24,25 +22,14 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 from PIL import Image
 
-OFFLINE_BATCH = 50
-
-ALLOWED = {
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
-}
-"""All that a pickled array of bytes needs, written by an old numpy or a new one."""
+from loadtests.offline import Offline, processor_name, read_test_images
 
 
 @dataclass(frozen=True)
@@ -55,73 +42,6 @@ class Answer:
     index: int
     is_called_met: bool
     took_ms: float
-
-
-class Offline:
-    """The artifact, run here on the same images.
-
-    Args:
-        folder: The artifact.
-        images_NHWC: Of the size that the artifact takes.
-    """
-
-    def __init__(self, folder: Path, images_NHWC: NDArray[np.uint8]) -> None:
-        self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-        self._folder = folder
-        self._images_NHWC = images_NHWC
-        self._logits_NK = cache(self._run)
-
-    def predictions(self, columns_run: Sequence[str]) -> NDArray[np.int64]:
-        """Class of every image by these columns, as the manifest says; without a rule the last decides."""
-        rule = next((c for c in self.manifest["combinations"] if c["columns"] == list(columns_run)), None)
-        if rule is None:
-            return self.predictions(columns_run[-1:])
-        score_NK: NDArray[np.float64] = np.zeros(len(self.manifest["labels"]))
-        for column, weight in zip(columns_run, rule["weights"], strict=True):
-            logits_NK = self._logits_NK(column).astype(np.float64)
-            logits_NK = logits_NK - logits_NK.max(axis=1, keepdims=True)
-            log_p_NK = logits_NK - np.log(np.exp(logits_NK).sum(axis=1, keepdims=True))
-            score_NK = score_NK + weight * log_p_NK
-        score_NK = score_NK / rule["temperature"] + np.array(rule["bias"])
-        classes_N: NDArray[np.int64] = np.argmax(score_NK, axis=1)
-        return classes_N
-
-    def _run(self, column: str) -> NDArray[np.float32]:
-        file = next(rung["file"] for rung in self.manifest["rungs"] if rung["column"] == column)
-        session = onnxruntime.InferenceSession(self._folder / file, providers=["CPUExecutionProvider"])
-        batches = range(0, len(self._images_NHWC), OFFLINE_BATCH)
-        return np.concatenate(
-            [
-                session.run(["logits_NK"], {"images_NHWC": self._images_NHWC[i : i + OFFLINE_BATCH]})[0]
-                for i in batches
-            ]
-        )
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Reads the data set's official form, a pickle, without running what a forged file might hold."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in ALLOWED:
-            raise pickle.UnpicklingError(
-                f"{module}.{name} has no place in a file of images: download it anew"
-            )
-        return super().find_class(module, name)
-
-
-def read_test_images(
-    data: Path, n: int, height: int, width: int
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """The first n test images_NHWC and their labels from CIFAR-10's official file.
-
-    Raises:
-        FileNotFoundError: there is no such file; get it from https://www.cs.toronto.edu/~kriz/cifar.html.
-        pickle.UnpicklingError: the file holds something else than arrays; download it anew.
-    """
-    with (data / "cifar-10-batches-py" / "test_batch").open("rb") as file:
-        batch = _ArraysOnly(file, encoding="latin1").load()
-    images_NHWC = np.asarray(batch["data"][:n], np.uint8).reshape(-1, 3, height, width).transpose(0, 2, 3, 1)
-    return np.ascontiguousarray(images_NHWC), np.asarray(batch["labels"][:n], np.int64)
 
 
 def ask(url: str, budget_ms: float, pngs: Sequence[bytes]) -> list[Answer]:
@@ -231,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record = {
             "command": "python -m loadtests.http_accuracy " + " ".join(arguments or sys.argv[1:]),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "processor": _processor_name(),
+            "processor": processor_name(),
             "cores": os.cpu_count(),
             "machine": f"{platform.machine()}, {platform.system()}",
             "artifact": f"{manifest['name']}@{manifest['version']}",
@@ -239,14 +159,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         chosen.out.write_text(json.dumps(record, indent=1) + "\n")
     return int(any(result["mismatches"] or not result["n_answered"] for result in results))
-
-
-def _processor_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _png(image_HWC: NDArray[np.uint8]) -> bytes:

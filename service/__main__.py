@@ -8,7 +8,6 @@ import contextlib
 import logging
 import socket
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import uvicorn
 
@@ -16,6 +15,8 @@ from service import inference, profiling, settings
 from service.api import Service
 from service.engine import InferenceThread
 from service.inference import ArtifactError
+from service.latency import LatencyProfile
+from service.protocol import StampedProtocol
 from service.settings import Settings, SettingsError
 
 logger = logging.getLogger("service")
@@ -50,24 +51,26 @@ def prepare(chosen: Settings) -> Service:
         intra_op_threads=chosen.intra_op_threads,
         batch_sizes=chosen.batch_sizes,
     )
-    thread = ThreadPoolExecutor(1, "inference")
-    thread.submit(loaded.warm_up, chosen.batch_sizes).result()
+    processor = InferenceThread(loaded)
     manifest = loaded.manifest
     logger.info(
         "%s version %s: %d labels, %d columns, running on %s.",
         *(manifest.name, manifest.version, len(manifest.labels), len(manifest.rungs), loaded.provider),
     )
-    profile = asyncio.run(
-        profiling.recall_or_measure(
+
+    async def measure() -> LatencyProfile:
+        await processor.warm_up(chosen.batch_sizes)
+        return await profiling.recall_or_measure(
             loaded,
-            InferenceThread(loaded, thread),
+            processor,
             batch_sizes=chosen.batch_sizes,
             quantile=chosen.profile_quantile,
             seconds=chosen.profile_seconds,
             intra_op_threads=chosen.intra_op_threads,
             cache=chosen.profile_cache,
         )
-    )
+
+    profile = asyncio.run(measure())
     for rung in manifest.rungs:
         latency = profile.latency(rung.column, 1)
         logger.info(
@@ -76,7 +79,7 @@ def prepare(chosen: Settings) -> Service:
             *(rung.column, rung.accuracy * 100, latency.median_s * 1e3),
             *(chosen.profile_quantile * 100, latency.high_s * 1e3),
         )
-    return Service(chosen, loaded, thread, profile)
+    return Service(chosen, loaded, processor, profile)
 
 
 def listen(chosen: Settings) -> socket.socket:
@@ -113,6 +116,7 @@ def main(arguments: list[str]) -> int:
         log_config=None,
         access_log=False,
         lifespan="on",
+        http=StampedProtocol,
         server_header=False,
         timeout_graceful_shutdown=max(1, round(chosen.drain_timeout_s)),
     )

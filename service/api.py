@@ -6,29 +6,29 @@ Must not know how an answer is scheduled or computed: it asks the engine and wai
 import asyncio
 import contextlib
 import gc
+import logging
 import math
 import random
 import re
+import secrets
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl
 
-import numpy as np
 import orjson
 from fastapi import FastAPI, Request
 from fastapi.responses import RedirectResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 import service
 from service import openapi
 from service.decoding import Decoder
 from service.engine import Cancellable, Engine, InferenceThread, Served
-from service.engine import Request as Submitted
 from service.errors import (
     BodyTimeout,
     Expired,
@@ -45,11 +45,18 @@ from service.errors import (
     UnsupportedType,
 )
 from service.inference import Inference
+from service.latency import LatencyProfile, LiveProfile, Reserve
 from service.metrics import CONTENT_TYPE, Metrics
-from service.scheduling import LatencyProfile
+from service.policies import named
+from service.protocol import CONNECTION, RECEIVED_S, StampedProtocol
 from service.settings import Settings
 
-EXCHANGE = "anytime.exchange"
+logger = logging.getLogger(__name__)
+
+Headers = Sequence[tuple[bytes, bytes]]
+ANSWER_HEADERS: Headers = ((b"content-type", b"application/json"),)
+PROBLEM_HEADER = (b"content-type", b"application/problem+json")
+OUR_FAULT = "The server failed on this request: tell the operator if it persists."
 PREDICT_PROBLEMS = (
     *(Malformed, BodyTimeout, TooLarge, UnsupportedType, OutOfRange),
     *(Rejected, Failed, Stopped, Expired),
@@ -89,8 +96,8 @@ class Service:
     Args:
         settings: All bounds and reserves.
         inference: Loaded and warmed up.
-        thread: The one thread that runs it; shut down with the application.
-        profile: Latencies measured in that thread.
+        processor: The one thread that runs it; closed with the application.
+        profile: Latencies measured in that thread; where predictions start.
         clock: Monotonic time [s].
     """
 
@@ -98,17 +105,19 @@ class Service:
         self,
         settings: Settings,
         inference: Inference,
-        thread: ThreadPoolExecutor,
+        processor: InferenceThread,
         profile: LatencyProfile,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
         self._inference = inference
-        self._thread = thread
-        self._profile = profile
+        self._processor = processor
+        self._profile = LiveProfile(profile, settings.profile_quantile)
         self._clock = clock
         self._engine: Engine | None = None
         self._n_open = 0
+        self._n_requests = 0
+        self._id_prefix = secrets.token_hex(8).encode()
         manifest = inference.manifest
         self._decode_threads = ThreadPoolExecutor(settings.decode_threads, "decode")
         self._decoder = Decoder(
@@ -121,6 +130,8 @@ class Service:
             columns=[rung.column for rung in manifest.rungs],
             batch_sizes=profile.batch_sizes,
             n_waiting=lambda: self._engine.n_waiting if self._engine else 0,
+            slowdown=lambda: self._profile.slowdown,
+            reserve_s=lambda: self._engine.reserve_s if self._engine else 0.0,
             build={
                 "version": service.__version__,
                 "artifact": f"{manifest.name}@{manifest.version}",
@@ -132,38 +143,81 @@ class Service:
         self._app = self._routes()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request: stamp its arrival before anything is read and its end after the last byte."""
+        """Serve one request; those to /predict go their own short way, everything else through FastAPI."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = Exchange(self._clock())
-        scope[EXCHANGE] = exchange
-        asked_id = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-        request_id = asked_id if SANE_REQUEST_ID.fullmatch(asked_id) else uuid.uuid4().hex.encode()
-
-        async def send_stamped(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                exchange.status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
-            await send(message)
-            if message["type"] == "http.response.body" and not message.get("more_body"):
-                exchange.ended_s = self._clock()
-
-        if scope["path"] != "/predict":
-            await self._app(scope, receive, send_stamped)
+        request_id = self._request_id(scope)
+        if scope["path"] == "/predict":
+            await self._predict(scope, receive, send, request_id)
             return
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), request_id]
+            await send(message)
+
+        await self._app(scope, receive, send_named)
+
+    def _request_id(self, scope: Scope) -> tuple[bytes, bytes]:
+        """The header that names this request: the caller's own name for it, if that is a sane one."""
+        for name, value in scope["headers"]:
+            if name == b"x-request-id" and SANE_REQUEST_ID.fullmatch(value):
+                return name, value
+        self._n_requests += 1
+        return b"x-request-id", b"%b%016x" % (self._id_prefix, self._n_requests)
+
+    async def _predict(
+        self, scope: Scope, receive: Receive, send: Send, request_id: tuple[bytes, bytes]
+    ) -> None:
+        """Serve one request to /predict, and count how it ended once its last byte is written.
+
+        Without FastAPI's routing, dependencies and response classes: they take as long as a shallow column.
+        """
+        exchange = Exchange(self._arrived_s(scope))
         self._n_open += 1
         try:
-            await self._app_or_refusal()(scope, receive, send_stamped)
+            response = await self._respond(scope, receive, exchange)
+            if response is not None:
+                status, headers, body = response
+                length = (b"content-length", b"%d" % len(body))
+                await send(
+                    {
+                        "type": "http.response.start",
+                        "status": status,
+                        "headers": [*headers, length, request_id],
+                    }
+                )
+                exchange.status = status
+                await send({"type": "http.response.body", "body": body})
+                exchange.ended_s = self._clock()
         finally:
             self._n_open -= 1
             self._count(exchange)
 
-    def _app_or_refusal(self) -> ASGIApp:
-        """Bound what is open at once before anything is read: each open request may hold a whole body."""
-        if self._engine is None or self._n_open <= self._settings.max_open_requests:
-            return self._app
-        return _problem(self._engine.refusal(f"{self._n_open - 1} requests are open: retry later."))
+    def _arrived_s(self, scope: Scope) -> float:
+        """When the request came, as far as that can be known.
+
+        It was read when the event loop came round to it. Before, it may have lain in the socket for as long
+        as the loop's turn before that lasted, which is taken to be as long as this one's.
+        """
+        now_s = self._clock()
+        received_s: float = scope.get(RECEIVED_S, now_s)
+        return received_s - (now_s - received_s)
+
+    async def _respond(
+        self, scope: Scope, receive: Receive, exchange: Exchange
+    ) -> tuple[int, Headers, bytes] | None:
+        """Status, headers and body; None when nobody is there to read them."""
+        try:
+            return 200, ANSWER_HEADERS, await self._answer(scope, receive, exchange)
+        except CallerGone:
+            return None
+        except Problem as problem:
+            return _problem(problem)
+        except Exception:  # a fault of ours must not cost the caller the answer that there is none
+            logger.exception("A request failed.")
+            return _problem(Failed(OUR_FAULT))
 
     async def drain(self) -> None:
         """Take no more requests and settle those that are here, bounded by the setting `drain_timeout_s`."""
@@ -173,6 +227,8 @@ class Service:
     def _count(self, exchange: Exchange) -> None:
         served = exchange.served
         if exchange.status == 200 and served and served.stopped_by:
+            if self._engine and exchange.ended_s < math.inf:
+                self._engine.observe_way_out(exchange.ended_s - served.settled_s)
             self._metrics.count_answer(
                 outcome="answered" if exchange.ended_s <= served.deadline_s else "late",
                 column=served.columns_run[-1],
@@ -193,13 +249,21 @@ class Service:
             return loop.call_later(max(0.0, when_s - self._clock()), callback)
 
         self._engine = Engine(
-            InferenceThread(self._inference, self._thread),
+            self._processor,
+            named(self._settings.policy, self._settings.answer_worth),
             self._profile,
             self._inference.manifest.ladder(),
             clock=self._clock,
             call_at=call_at,
+            call_soon=loop.call_soon,
             observe_run=self._metrics.observe_run,
-            reserve_s=self._settings.overhead_reserve_ms / 1e3,
+            observe_saved=self._metrics.observe_saved,
+            reserve=Reserve(
+                self._settings.overhead_reserve_ms / 1e3,
+                least_s=self._settings.write_reserve_ms / 1e3,
+                most_s=self._settings.max_overhead_reserve_ms / 1e3,
+            ),
+            brief_s=self._settings.brief_run_ms / 1e3 if self._inference.provider == "cpu" else 0.0,
             max_waiting=self._settings.max_waiting,
             jitter=lambda: random.uniform(1.0, 1.5),  # noqa: S311 - spreads callers, guards nothing
         )
@@ -212,7 +276,7 @@ class Service:
         finally:
             await self.drain()
             gc.unfreeze()
-            self._thread.shutdown(wait=False, cancel_futures=True)
+            self._processor.close()
             self._decode_threads.shutdown(wait=False, cancel_futures=True)
 
     def _routes(self) -> FastAPI:
@@ -235,7 +299,7 @@ class Service:
             openapi_extra=openapi.predict_operation(self._settings),
             responses=openapi.prediction() | openapi.problems(*PREDICT_PROBLEMS),
             **raw,
-        )(self._predict)
+        )(_documented_predict)
         app.get("/model", name="model", **raw)(self._model)
         app.get("/healthz/live", name="live", **raw)(self._live)
         app.get("/healthz/ready", name="ready", responses=openapi.problems(Stopped), **raw)(self._ready)
@@ -243,33 +307,36 @@ class Service:
         app.get("/", include_in_schema=False)(_to_docs)
         return app
 
-    async def _predict(self, request: Request) -> Response:
-        """Classify an image as well as the budget allows.
+    async def _answer(self, scope: Scope, receive: Receive, exchange: Exchange) -> bytes:
+        """The body of the answer.
 
-        The budget is wall time inside the server, from the arrival of the request to the last byte of the
-        answer.
+        Raises:
+            Problem: there is none.
+            CallerGone: nobody waits for it.
         """
-        exchange: Exchange = request.scope[EXCHANGE]
-        try:
-            return await self._answer(request, exchange)
-        except CallerGone:
-            return Response(status_code=CLIENT_GONE)
-
-    async def _answer(self, request: Request, exchange: Exchange) -> Response:
+        if scope["method"] != "POST":
+            raise MethodNotAllowed(f"/predict takes POST, not {scope['method']}.", "POST")
         if self._engine is None:
             raise Stopped("This server is not ready: retry in a second.")
-        parameters = self._parameters(request)
+        if self._n_open > self._settings.max_open_requests:
+            # Before anything is read: each open request may hold a whole body.
+            raise self._engine.refusal(f"{self._n_open - 1} requests are open: retry later.")
+        headers = dict(scope["headers"])
+        parameters = self._parameters(scope["query_string"], headers)
         deadline_s = exchange.arrived_s + parameters.budget_s
-        body = await self._body(request, self._engine, deadline_s)
+        body = await self._body(headers, receive, self._engine, deadline_s)
         self._engine.check_admission(exchange.arrived_s, deadline_s)
         started_s = self._clock()
-        try:
-            async with asyncio.timeout(deadline_s - started_s):
-                image_HWC = await self._decoder.decode(request.headers.get("content-type", ""), body)
-        except TimeoutError as error:
-            raise self._engine.refusal(
-                "The budget was used up while the picture was decoded: grant more or send a smaller one."
-            ) from error
+        content_type = headers.get(b"content-type", b"").decode("latin-1")
+        image_HWC = self._decoder.decode_raw(content_type, body)
+        if image_HWC is None:
+            try:
+                async with asyncio.timeout(deadline_s - started_s):
+                    image_HWC = await self._decoder.decode(content_type, body)
+            except TimeoutError as error:
+                raise self._engine.refusal(
+                    "The budget was used up while the picture was decoded: grant more or send a smaller one."
+                ) from error
         decode_s = self._clock() - started_s
         submitted = self._engine.submit(
             image_HWC,
@@ -277,25 +344,23 @@ class Service:
             deadline_s=deadline_s,
             min_confidence=parameters.min_confidence,
         )
-        watcher = asyncio.create_task(_leave_when_gone(request.receive, self._engine, submitted))
-        try:
-            served = await submitted.settled
-        finally:
-            watcher.cancel()
-            self._engine.leave(submitted)
+        leave = partial(self._engine.leave, submitted)
+        with _called_when_gone(scope, receive, leave):
+            try:
+                served = await submitted.settled
+            finally:
+                leave()
         exchange.served = served
         if served.outcome == "answered":
             return self._prediction(served, parameters, decode_s)
         raise _why_unanswered(served)
 
-    def _prediction(self, served: Served, parameters: Parameters, decode_s: float) -> Response:
+    def _prediction(self, served: Served, parameters: Parameters, decode_s: float) -> bytes:
         assert served.probabilities_K is not None  # noqa: S101 - for the type checker: an answer has them
         manifest = self._inference.manifest
-        order = np.argsort(-served.probabilities_K, kind="stable")[: parameters.top_k].tolist()
-        top = [
-            {"label": manifest.labels[i], "index": i, "probability": float(served.probabilities_K[i])}
-            for i in order
-        ]
+        probabilities: list[float] = served.probabilities_K.tolist()
+        order = sorted(range(len(probabilities)), key=lambda i: -probabilities[i])[: parameters.top_k]
+        top = [{"label": manifest.labels[i], "index": i, "probability": probabilities[i]} for i in order]
         answer = orjson.dumps(
             {
                 "model": manifest.name,
@@ -324,20 +389,20 @@ class Service:
                 "deadline_met": now_s + self._settings.write_reserve_ms / 1e3 <= served.deadline_s,
             }
         )
-        return Response(answer[:-1] + b"," + verdict[1:], media_type="application/json")
+        return answer[:-1] + b"," + verdict[1:]
 
-    def _parameters(self, request: Request) -> Parameters:
+    def _parameters(self, query: bytes, headers: Mapping[bytes, bytes]) -> Parameters:
         """Read the query by hand: it is on every request's path, and each refusal names the bounds."""
         settings = self._settings
         asked: dict[str, str] = {}
-        for name, value in parse_qsl(request.scope["query_string"].decode("latin-1"), keep_blank_values=True):
+        for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
             if name not in {"budget_ms", "top_k", "min_confidence"}:
                 raise OutOfRange(f"Unknown parameter {name!r}: use budget_ms, top_k or min_confidence.")
             if name in asked:
                 raise OutOfRange(f"{name} is given twice: give it once.")
             asked[name] = value
-        if "budget_ms" not in asked and (header := request.headers.get("x-budget-ms")) is not None:
-            asked["budget_ms"] = header
+        if "budget_ms" not in asked and (header := headers.get(b"x-budget-ms")) is not None:
+            asked["budget_ms"] = header.decode("latin-1")
         budget_ms = settings.default_budget_ms
         if "budget_ms" in asked:
             budget_ms = _number(
@@ -353,24 +418,25 @@ class Service:
             min_confidence = _number("min_confidence", asked["min_confidence"], 0, 1)
         return Parameters(budget_ms / 1e3, int(top_k), min_confidence)
 
-    async def _body(self, request: Request, engine: Engine, deadline_s: float) -> bytes:
+    async def _body(
+        self, headers: Mapping[bytes, bytes], receive: Receive, engine: Engine, deadline_s: float
+    ) -> bytes:
         """Read the body within its bounds; one that is slower than the budget is refused when that ends."""
         limit = self._settings.max_body_bytes
-        too_large = TooLarge(f"The body has more than {limit} bytes: send a smaller picture.")
-        declared = request.headers.get("content-length", "")
-        if declared.isdecimal() and int(declared) > limit:
-            raise too_large
+        declared = headers.get(b"content-length", b"")
+        if declared.isdigit() and int(declared) > limit:
+            raise _too_large(limit)
         timeout_s, left_s = self._settings.body_timeout_s, deadline_s - self._clock()
         body = bytearray()
         try:
             async with asyncio.timeout(min(left_s, timeout_s)):
                 while True:
-                    message = await request.receive()
+                    message = await receive()
                     if message["type"] == "http.disconnect":
                         raise CallerGone
                     body += message.get("body", b"")
                     if len(body) > limit:
-                        raise too_large
+                        raise _too_large(limit)
                     if not message.get("more_body"):
                         return bytes(body)
         except TimeoutError as error:
@@ -399,11 +465,33 @@ class Service:
         return Response(self._metrics.exposition(), headers={"content-type": CONTENT_TYPE})
 
 
-async def _leave_when_gone(receive: Receive, engine: Engine, submitted: Submitted) -> None:
-    """Wait for the connection to close; servers say so only to one who asks."""
+@contextlib.contextmanager
+def _called_when_gone(scope: Scope, receive: Receive, leave: Callable[[], None]) -> Iterator[None]:
+    """Call when the connection is lost.
+
+    Any server says so to a task that waits for it; our own protocol does without one.
+    """
+    connection: StampedProtocol | None = scope.get(CONNECTION)
+    if connection is None:
+        watcher = asyncio.create_task(_leave_when_gone(receive, leave))
+        try:
+            yield
+        finally:
+            watcher.cancel()
+        return
+    if connection.is_lost:
+        leave()
+    connection.on_lost.add(leave)
+    try:
+        yield
+    finally:
+        connection.on_lost.discard(leave)
+
+
+async def _leave_when_gone(receive: Receive, leave: Callable[[], None]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    engine.leave(submitted)
+    leave()
 
 
 def _why_unanswered(served: Served) -> Exception:
@@ -422,6 +510,10 @@ def _why_unanswered(served: Served) -> Exception:
             )
 
 
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"The body has more than {limit} bytes: send a smaller picture.")
+
+
 def _milliseconds(seconds: float) -> float:
     return round(seconds * 1e3, 3)
 
@@ -436,35 +528,45 @@ def _number(name: str, text: str, least: float, most: float) -> float:
     return value
 
 
+def _problem(problem: Problem) -> tuple[int, Headers, bytes]:
+    """Status, headers and body of a problem document."""
+    document = {
+        "type": problem.type,
+        "title": problem.title,
+        "status": problem.status,
+        "detail": problem.detail,
+    }
+    headers = [(name.encode(), value.encode()) for name, value in problem.headers.items()]
+    return problem.status, [PROBLEM_HEADER, *headers], orjson.dumps(document)
+
+
 async def _on_problem(_: Request, problem: Problem) -> Response:
-    return _problem(problem)
-
-
-def _problem(problem: Problem) -> Response:
-    return Response(
-        orjson.dumps(
-            {"type": problem.type, "title": problem.title, "status": problem.status, "detail": problem.detail}
-        ),
-        status_code=problem.status,
-        headers=problem.headers,
-        media_type="application/problem+json",
-    )
+    status, headers, body = _problem(problem)
+    return Response(body, status, {name.decode(): value.decode() for name, value in headers})
 
 
 async def _on_http_exception(request: Request, error: HTTPException) -> Response:
     """What the router refuses by itself."""
     path, method = request.url.path, request.method
     if error.status_code == 404:
-        return _problem(NotFound(f"There is nothing at {path}: /docs lists what there is."))
+        return await _on_problem(request, NotFound(f"There is nothing at {path}: /docs lists what there is."))
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
-        return _problem(MethodNotAllowed(f"{path} takes {allowed}, not {method}.", allowed))
-    return _problem(Malformed(f"{error.detail}: /docs says what a request looks like."))
+        return await _on_problem(request, MethodNotAllowed(f"{path} takes {allowed}, not {method}.", allowed))
+    return await _on_problem(request, Malformed(f"{error.detail}: /docs says what a request looks like."))
 
 
-async def _on_fault(_: Request, __: Exception) -> Response:
+async def _on_fault(request: Request, _: Exception) -> Response:
     """A fault of ours; the server logs it with its stack."""
-    return _problem(Failed("The server failed on this request: tell the operator if it persists."))
+    return await _on_problem(request, Failed(OUR_FAULT))
+
+
+async def _documented_predict() -> Response:
+    """Classify an image as well as the budget allows.
+
+    The budget is wall time inside the server, from the arrival of the request to the last byte of the answer.
+    """
+    raise AssertionError("requests to /predict never come this way; this is here for /docs")
 
 
 async def _to_docs() -> RedirectResponse:

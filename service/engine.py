@@ -6,13 +6,15 @@ happens elsewhere. There is no loop that could die: each arrival, each end of a 
 """
 
 import asyncio
+import contextlib
 import logging
 import math
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from queue import SimpleQueue
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +22,16 @@ from numpy.typing import NDArray
 from service import scheduling
 from service.errors import Outcome, Rejected, Stopped
 from service.inference import Inference
-from service.scheduling import Ladder, LatencyProfile, StoppedBy, Ticket
+from service.ladder import Ladder
+from service.latency import LiveProfile, Reserve
+from service.scheduling import Policy, StoppedBy
+from service.waiting import Queue, Ticket, TrafficMonitor, ready_by
 
 logger = logging.getLogger(__name__)
+
+
+Result = TypeVar("Result")
+_Work = tuple[asyncio.AbstractEventLoop, Callable[[], Any], "asyncio.Future[Any]"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +64,9 @@ class Processor(Protocol):
     """What runs columns. Runs never overlap: the engine starts one when the one before has ended."""
 
     def start(
-        self, column: str, images_HWC: Sequence[NDArray[np.uint8]]
+        self, column: str, images_HWC: Sequence[NDArray[np.uint8]], *, is_brief: bool = False
     ) -> asyncio.Future[NDArray[np.float32]]:
-        """Begin a run; never raises.
+        """Begin a run; never raises. A brief one may be over on return: the caller can spare that time.
 
         The future holds logits_NK, one finite row per image in the same order, or what the run raised.
         """
@@ -69,21 +78,74 @@ class Processor(Protocol):
 
 
 class InferenceThread:
-    """The processor that ships: one thread in front of `Inference`."""
+    """The processor that ships: one thread in front of `Inference`.
 
-    def __init__(self, inference: Inference, thread: ThreadPoolExecutor) -> None:
+    A thread of our own, because handing a run over and waking up for its result is a good part of what a
+    small network costs: about half of what an executor takes.
+    """
+
+    def __init__(self, inference: Inference) -> None:
         self._inference = inference
-        self._thread = thread
+        self._work: SimpleQueue[_Work | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
+        self._thread.start()
         self.combine = inference.combine
 
     def start(
-        self, column: str, images_HWC: Sequence[NDArray[np.uint8]]
+        self, column: str, images_HWC: Sequence[NDArray[np.uint8]], *, is_brief: bool = False
     ) -> asyncio.Future[NDArray[np.float32]]:
-        """Begin a run in the thread."""
-        return asyncio.get_running_loop().run_in_executor(self._thread, self._run, column, images_HWC)
+        """Begin a run in the thread, or have it done at once if it is brief."""
 
-    def _run(self, column: str, images_HWC: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
-        return self._inference.run(column, np.stack(images_HWC))
+        def call() -> NDArray[np.float32]:
+            return self._inference.run(column, np.stack(images_HWC))
+
+        if not is_brief:
+            return self._submit(call)
+        done: asyncio.Future[NDArray[np.float32]] = asyncio.get_running_loop().create_future()
+        try:
+            done.set_result(call())
+        except Exception as error:  # noqa: BLE001 - whoever waits for the run is told
+            done.set_exception(error)
+        return done
+
+    async def warm_up(self, batch_sizes: Sequence[int]) -> None:
+        """`Inference.warm_up` in the thread that will serve.
+
+        Raises:
+            ArtifactError: a graph cannot be run or gives no usable logits.
+        """
+        await self._submit(partial(self._inference.warm_up, batch_sizes))
+
+    def close(self) -> None:
+        """Take no more runs; one in progress is left to end by itself."""
+        self._work.put(None)
+
+    def _submit(self, call: Callable[[], Result]) -> asyncio.Future[Result]:
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Result] = loop.create_future()
+        self._work.put((loop, call, done))
+        return done
+
+    def _run(self) -> None:
+        while work := self._work.get():
+            loop, call, done = work
+            settle: Callable[[], None]
+            try:
+                settle = partial(_set, done, call())
+            except BaseException as error:  # noqa: BLE001 - whoever waits for the run is told
+                settle = partial(_fail, done, error)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(settle)
+
+
+def _set(done: asyncio.Future[Result], result: Result) -> None:
+    if not done.done():
+        done.set_result(result)
+
+
+def _fail(done: asyncio.Future[Any], error: BaseException) -> None:
+    if not done.done():
+        done.set_exception(error)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -115,12 +177,18 @@ class Engine:
 
     Args:
         processor: Runs the columns.
-        profile: Latency by column and batch size [s].
+        policy: Decides what they run on, and whom to refuse.
+        profile: Latency by column and batch size [s]; learns from every run.
         ladder: Accuracy by combination of columns.
         clock: Monotonic time [s]; every `_s` below is on it.
         call_at: Calls back at a time on that clock.
-        observe_run: Told column, number of images and duration of every run.
-        reserve_s: Kept free of every budget for building and writing the answer [s].
+        call_soon: Calls back when what is ready now has had its turn.
+        observe_run: Told column, number of images, duration [s] and the ratio to the predicted median of
+            every
+            run that did not fail.
+        observe_saved: Told the predicted time of the columns that a caller who left will not need [s].
+        reserve: Kept free of every budget for building and writing the answer [s]; learns from every answer.
+        brief_s: A run predicted to take no longer is not handed over to a thread [s].
         max_waiting: Requests in here at once. One that has an answer makes room for one that has none.
         jitter: A factor for each retry time, so that rejected callers do not all return at once.
     """
@@ -128,30 +196,44 @@ class Engine:
     def __init__(
         self,
         processor: Processor,
-        profile: LatencyProfile,
+        policy: Policy,
+        profile: LiveProfile,
         ladder: Ladder,
         *,
         clock: Callable[[], float],
         call_at: Callable[[float, Callable[[], None]], Cancellable],
-        observe_run: Callable[[str, int, float], None],
-        reserve_s: float,
+        call_soon: Callable[[Callable[[], None]], object],
+        observe_run: Callable[[str, int, float, float], None],
+        observe_saved: Callable[[float], None],
+        reserve: Reserve,
+        brief_s: float,
         max_waiting: int,
         jitter: Callable[[], float],
     ) -> None:
         self._processor = processor
+        self._policy = policy
         self._profile = profile
         self._ladder = ladder
         self._clock = clock
         self._call_at = call_at
+        self._call_soon = call_soon
         self._observe_run = observe_run
-        self._reserve_s = reserve_s
+        self._observe_saved = observe_saved
+        self._reserve = reserve
+        self._brief_s = brief_s
         self._max_waiting = max_waiting
         self._jitter = jitter
-        self._waiting: dict[Request, None] = {}  # a set that keeps its order
+        self._queue: Queue[Request] = Queue(ladder)
+        self._traffic = TrafficMonitor()
         self._running: _Run | None = None
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_stopping = False
+        self._n_changes = 0
+        self._is_advance_due = False
+        self._learnt_s = clock()
+        self._judged: tuple[float, int] | None = None
+        self._judged_until_s = 0.0
 
     @property
     def is_stopping(self) -> bool:
@@ -161,7 +243,16 @@ class Engine:
     @property
     def n_waiting(self) -> int:
         """Requests in here that are not running."""
-        return len(self._waiting)
+        return len(self._queue)
+
+    @property
+    def reserve_s(self) -> float:
+        """What is kept free of a large budget now [s]."""
+        return self._reserve.sure_s
+
+    def observe_way_out(self, way_out_s: float) -> None:
+        """Learn how long an answer took from being settled to its last byte being written [s]."""
+        self._reserve.observe(way_out_s)
 
     def check_admission(self, arrived_s: float, deadline_s: float) -> None:
         """Find out, before anything is spent on a request, whether it would be taken in now.
@@ -172,46 +263,75 @@ class Engine:
         """
         if self._is_stopping:
             raise Stopped("This server is stopping: send the request again, another one will take it.")
-        n_unanswered = sum(not request.columns_run for request in self._inside())
-        if n_unanswered >= self._max_waiting:
-            raise self.refusal(f"{n_unanswered} requests wait for their first answer: retry later.")
         now_s = self._clock()
-        admission = scheduling.admit(deadline_s - self._reserve_s, *self._load(now_s))
+        n_unanswered = len(self._queue.unanswered) + sum(
+            not (request.columns_run or request.settled.done()) for request in self._in_run()
+        )
+        ready_by_s = deadline_s - self._reserve.of(deadline_s - arrived_s)
+        if n_unanswered >= self._max_waiting:
+            self._traffic.arrived(now_s, ready_by_s - now_s)
+            raise self.refusal(f"{n_unanswered} requests wait for their first answer: retry later.")
+        admission = self._policy.admit(
+            ready_by_s,
+            now_s,
+            self._busy_until_s(now_s),
+            self._queue,
+            self._profile,
+            self._ladder,
+            self._traffic.traffic(now_s),
+        )
         if not admission.is_accepted:
+            self._doubt(now_s)
+            self._traffic.arrived(now_s, ready_by_s - now_s)
             raise self.refusal(self._why_not_in_time(arrived_s, deadline_s, now_s, admission.needs_s))
+        self._judged = (deadline_s, self._n_changes)
+        self._judged_until_s = max(ready_by_s - admission.needs_s, self._busy_until_s(now_s))
 
     def _why_not_in_time(self, arrived_s: float, deadline_s: float, now_s: float, needs_s: float) -> str:
         """One sentence; retrying is advised only to one whose budget would do on an idle server."""
         alone_s = self._profile.latency(self._ladder.shallowest, 1).high_s
-        least_s = now_s - arrived_s + alone_s + self._reserve_s
+        reserve_s = self._reserve.of(deadline_s - arrived_s)
+        least_s = now_s - arrived_s + alone_s + reserve_s
         remedy = "grant more or retry later"
         if deadline_s - arrived_s < least_s:
             remedy = f"grant at least {math.ceil(least_s * 1e5) / 1e2:.2f} ms"
         return (
-            f"An answer would take about {(needs_s + self._reserve_s) * 1e3:.2f} ms and "
+            f"An answer would take about {(needs_s + reserve_s) * 1e3:.2f} ms and "
             f"{max(0.0, deadline_s - now_s) * 1e3:.2f} ms are left: {remedy}."
         )
 
-    def _inside(self) -> list[Request]:
-        """Everyone not settled."""
-        running = self._running.batch if self._running else ()
-        return [*self._waiting, *(request for request in running if not request.settled.done())]
+    def _doubt(self, now_s: float) -> None:
+        """Someone is refused although nobody is here: was that learnt in a slow moment that is over?
+
+        Without this, nothing would be run, nothing be learnt any more, and everybody refused for good.
+        """
+        if self._running or self._queue:
+            return
+        self._profile.fade(now_s - self._learnt_s)
+        self._reserve.fade(1 - math.exp((self._learnt_s - now_s) / self._profile.MEMORY_S))
+        self._learnt_s = now_s
+
+    def _in_run(self) -> tuple[Request, ...]:
+        return self._running.batch if self._running else ()
+
+    def _busy_until_s(self, now_s: float) -> float:
+        return self._running.busy_until_s if self._running else now_s
 
     def _make_room(self) -> None:
         """An answer for a newcomer is worth more than a better one for somebody else."""
-        inside = self._inside()
-        if len(inside) >= self._max_waiting:
-            answered = (request for request in inside if request.columns_run)
-            self._settle(min(answered, key=lambda request: request.ready_by_s), "answered", "load")
+        n_in_run = sum(not request.settled.done() for request in self._in_run())
+        if len(self._queue) + n_in_run >= self._max_waiting:
+            queued = (same[0] for same in self._queue.answered.values())
+            running = (r for r in self._in_run() if r.columns_run and not r.settled.done())
+            self._settle(min((*queued, *running), key=ready_by), "answered", "load")
 
     def refusal(self, why: str) -> Rejected:
         """A refusal for this reason, with the time until what waits now is done."""
-        return Rejected(why, scheduling.backlog_s(*self._load(self._clock())) * self._jitter())
-
-    def _load(self, now_s: float) -> tuple[float, float, tuple[Request, ...], LatencyProfile, Ladder]:
-        """What the policy must know of everyone inside to judge a newcomer."""
-        busy_until_s = self._running.busy_until_s if self._running else now_s
-        return now_s, busy_until_s, tuple(self._waiting), self._profile, self._ladder
+        now_s = self._clock()
+        backlog_s = scheduling.backlog_s(
+            now_s, self._busy_until_s(now_s), self._queue, self._profile, self._ladder
+        )
+        return Rejected(why, backlog_s * self._jitter())
 
     def submit(
         self,
@@ -228,25 +348,45 @@ class Engine:
 
         Cancellation: call `leave`, whatever the reason.
         """
-        self.check_admission(arrived_s, deadline_s)
+        # Not judged twice if nothing has happened in here since it was judged before its picture was decoded,
+        # unless decoding took so long that a run can no longer start in time.
+        now_s = self._clock()
+        if self._judged != (deadline_s, self._n_changes) or now_s > self._judged_until_s:
+            self.check_admission(arrived_s, deadline_s)
         self._make_room()
         request = Request(
-            ready_by_s=deadline_s - self._reserve_s,
+            ready_by_s=deadline_s - self._reserve.of(deadline_s - arrived_s),
             min_confidence=min_confidence,
             image_HWC=image_HWC,
             arrived_s=arrived_s,
             deadline_s=deadline_s,
-            waiting_since_s=self._clock(),
+            waiting_since_s=now_s,
             settled=asyncio.get_running_loop().create_future(),
         )
+        self._traffic.arrived(now_s, request.ready_by_s - now_s)
         request.timer = self._call_at(request.ready_by_s, partial(self._ready_or_never, request))
-        self._waiting[request] = None
-        self._advance()
+        self._queue.add(request)
+        self._n_changes += 1
+        if self._running is None and not self._is_advance_due:
+            # Not at once: whoever was read in the same turn of the event loop can join the first run.
+            self._is_advance_due = True
+            self._call_soon(self._advance)
         return request
 
     def leave(self, request: Request) -> None:
         """The caller has gone: cost nothing more. A run in progress goes on for its neighbours."""
+        self._observe_saved(0.0 if request.settled.done() else self._to_come_s(request))
         self._settle(request, "disconnected")
+
+    def _to_come_s(self, request: Request) -> float:
+        """Predicted time of the columns to come for this request; one in progress is run all the same."""
+        now_s = self._clock()
+        ticket: Ticket = request
+        if self._running and request in self._running.batch:
+            columns_run = (*request.columns_run, self._running.column)
+            ticket = Ticket(request.ready_by_s, request.min_confidence, columns_run, request.confidence)
+        start_s = max(now_s, self._busy_until_s(now_s))
+        return scheduling.to_come_s(ticket, start_s, self._profile, self._ladder)
 
     async def stop(self, timeout_s: float) -> None:
         """Settle everyone: running answers go out, waiting requests get what they have or `stopped`.
@@ -267,16 +407,20 @@ class Engine:
     def _advance(self) -> None:
         """Settle who is done and start the next run, if none is in progress."""
         if self._is_stopping:
-            for request in tuple(self._waiting):
+            for request in tuple(self._queue):
                 self._settle_with_what_there_is(request, "stopped")
-        if self._running or not self._waiting:
+        self._n_changes += 1
+        self._is_advance_due = False
+        if self._running or not self._queue:
             return
         now_s = self._clock()
         try:
-            plan = scheduling.plan(tuple(self._waiting), now_s, self._profile, self._ladder)
+            plan = self._policy.plan(
+                self._queue, now_s, self._profile, self._ladder, self._traffic.traffic(now_s)
+            )
         except Exception:  # a fault in the policy may fail requests but must not leave them hanging
             logger.exception("The policy failed; the waiting requests are let go.")
-            for request in tuple(self._waiting):
+            for request in tuple(self._queue):
                 self._settle_with_what_there_is(request, "failed")
             return
         for request, reason in plan.finished:
@@ -286,24 +430,27 @@ class Engine:
 
     def _start(self, column: str, batch: tuple[Request, ...], now_s: float) -> None:
         for request in batch:
-            del self._waiting[request]
+            self._queue.remove(request)
             request.queue_s += now_s - request.waiting_since_s
         predicted = self._profile.latency(column, len(batch))
-        self._running = _Run(column, batch, now_s, now_s + predicted.high_s)
+        self._running = _Run(column, batch, now_s, now_s + predicted.likely_s)
         self._idle.clear()
         images_HWC = [request.image_HWC for request in batch]
-        self._processor.start(column, images_HWC).add_done_callback(partial(self._finish, self._running))
+        # With others waiting, the thread runs them while the event loop reads and answers.
+        is_brief = predicted.median_s <= self._brief_s and not self._queue.unanswered
+        done = self._processor.start(column, images_HWC, is_brief=is_brief)
+        done.add_done_callback(partial(self._finish, self._running))
 
     def _finish(self, run: _Run, done: asyncio.Future[NDArray[np.float32]]) -> None:
         """Take in the end of a run, good or bad, and go on."""
         now_s = self._clock()
         elapsed_s = now_s - run.started_s
         self._running = None
+        self._learnt_s = now_s
         self._idle.set()
-        self._observe_run(run.column, len(run.batch), elapsed_s)
         alone = self._profile.latency(run.column, 1).median_s
         together = self._profile.latency(run.column, len(run.batch)).median_s
-        for request in self._waiting:
+        for request in self._queue:
             request.lost_s += _overlap_s(request, run, now_s)
         for request in run.batch:
             request.inference_s += elapsed_s
@@ -314,6 +461,8 @@ class Engine:
             for request, logits_K in list(zip(run.batch, done.result(), strict=True)):
                 if not request.settled.done():
                     self._take_in(request, run.column, logits_K)
+            ratio = self._profile.observe(run.column, len(run.batch), elapsed_s)
+            self._observe_run(run.column, len(run.batch), elapsed_s, ratio)
         except (Exception, asyncio.CancelledError):  # whatever a run raises fails this run alone
             logger.exception("A run of column %s for %d images failed.", run.column, len(run.batch))
             for request in run.batch:
@@ -326,11 +475,11 @@ class Engine:
         request.probabilities_K = self._processor.combine(columns_run, request.logits_K)
         request.confidence = float(request.probabilities_K.max())
         request.columns_run = columns_run
-        self._waiting[request] = None
+        self._queue.add(request)
 
     def _ready_or_never(self, request: Request) -> None:
         """Send what there is, in the last moment for it. A first run in progress goes on: a late answer."""
-        if request.columns_run or request in self._waiting:
+        if request.columns_run or request in self._queue:
             self._settle_with_what_there_is(request, "expired")
 
     def _settle_with_what_there_is(
@@ -347,7 +496,7 @@ class Engine:
             self._settle(request, otherwise)
             return
         now_s = self._clock()
-        if request in self._waiting and self._running:
+        if request in self._queue and self._running:
             request.lost_s += _overlap_s(request, self._running, now_s)
         reason = reason or scheduling.stopped_by(request, now_s, self._profile, self._ladder)
         self._settle(request, "answered", reason)
@@ -357,8 +506,8 @@ class Engine:
         now_s = self._clock()
         if request.timer:
             request.timer.cancel()
-        if request in self._waiting:
-            del self._waiting[request]
+        if request in self._queue:
+            self._queue.remove(request)
             request.queue_s += now_s - request.waiting_since_s
         elif self._running and request in self._running.batch:
             request.inference_s += now_s - self._running.started_s

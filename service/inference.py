@@ -15,7 +15,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from service.scheduling import Ladder
+from service.ladder import ConfidenceTable, Ladder
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,29 @@ class Combination(_Part):
     accuracy: Accuracy
 
 
+class ConfidenceRows(_Part):
+    """Held-out accuracy of combinations, by the confidence of the answer that some of their columns gave."""
+
+    columns: tuple[str, ...] = Field(min_length=1, strict=False)
+    edges: tuple[float, ...] = Field(min_length=2, strict=False)
+    n: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1, strict=False)
+    accuracy: dict[str, Annotated[tuple[Accuracy, ...], Field(strict=False)]]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        key = "+".join(self.columns)
+        if list(self.edges) != sorted(set(self.edges)):
+            raise ValueError(f"the confidence table of {key} needs ascending edges")
+        if any(len(rows) != len(self.edges) - 1 for rows in (self.n, *self.accuracy.values())):
+            raise ValueError(f"the confidence table of {key} needs one row between each two edges")
+        return self
+
+    def table(self) -> ConfidenceTable:
+        """As the policy wants it."""
+        accuracy = {tuple(key.split("+")): rows for key, rows in self.accuracy.items()}
+        return ConfidenceTable(self.columns, self.edges, self.n, accuracy)
+
+
 class Manifest(_Part):
     """manifest.json, as far as serving needs it."""
 
@@ -92,6 +115,7 @@ class Manifest(_Part):
     input: InputSpec
     rungs: tuple[Rung, ...] = Field(min_length=1, strict=False)
     combinations: tuple[Combination, ...] = Field(strict=False)
+    confidence: tuple[ConfidenceRows, ...] = Field((), strict=False)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -114,7 +138,9 @@ class Manifest(_Part):
     def ladder(self) -> Ladder:
         """What the policy needs to know: columns and the held-out accuracy of each combination."""
         return Ladder(
-            [rung.column for rung in self.rungs], {c.columns: c.accuracy for c in self.combinations}
+            [rung.column for rung in self.rungs],
+            {c.columns: c.accuracy for c in self.combinations},
+            [rows.table() for rows in self.confidence],
         )
 
 

@@ -25,6 +25,7 @@ LATENCY_BUCKETS_S = (
     *(0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 1.0, 10.0),
 )
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+RUN_RATIO_BUCKETS = (0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 50.0)
 BUDGET_SHARE_BUCKETS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.5, 2.0, 5.0)
 
 
@@ -35,6 +36,8 @@ class Metrics:
         columns: Columns of the artifact, shallow first.
         batch_sizes: Profiled batch sizes; a batch counts under the next one up.
         n_waiting: Asked at each scrape.
+        slowdown: As `n_waiting`: how many times longer runs take than when they were measured.
+        reserve_s: As `n_waiting`: what is kept free of every budget [s].
         build: What is being run: version, artifact, provider.
     """
 
@@ -44,6 +47,8 @@ class Metrics:
         columns: Sequence[str],
         batch_sizes: Sequence[int],
         n_waiting: Callable[[], int],
+        slowdown: Callable[[], float],
+        reserve_s: Callable[[], float],
         build: dict[str, str],
     ) -> None:
         # Else each series has a second one, with the time of its creation, which nobody asks for.
@@ -77,6 +82,27 @@ class Metrics:
             buckets=LATENCY_BUCKETS_S,
             registry=self.registry,
         )
+        self._run_ratio = Histogram(
+            "anytime_run_over_predicted_ratio",
+            "Time of one run divided by the median predicted for it, by column",
+            ["column"],
+            buckets=RUN_RATIO_BUCKETS,
+            registry=self.registry,
+        )
+        self._saved_s = Counter(
+            "anytime_inference_saved_seconds",
+            "Predicted time of the columns that were not run because the caller had gone",
+            registry=self.registry,
+        )
+        for name, text, value in (
+            (
+                "anytime_slowdown_ratio",
+                "Time of runs now, divided by what was measured at start-up",
+                slowdown,
+            ),
+            ("anytime_reserve_seconds", "Kept free of every budget for the answer's way out", reserve_s),
+        ):
+            Gauge(name, text, registry=self.registry).set_function(value)
         waiting = Gauge(
             "anytime_queue_length", "Requests in the engine that are not running", registry=self.registry
         )
@@ -89,6 +115,7 @@ class Metrics:
         for column in columns:
             for stopped_by in STOPPED_BY:
                 self._answers.labels(column, stopped_by)
+            self._run_ratio.labels(column)
             for size in self._batch_sizes:
                 self._inference_s.labels(column, str(size))
 
@@ -105,8 +132,13 @@ class Metrics:
         self._latency_s.observe(latency_s)
         self._budget_share.observe(latency_s / budget_s)
 
-    def observe_run(self, column: str, n_images: int, run_s: float) -> None:
-        """Record one run of a column."""
+    def observe_saved(self, saved_s: float) -> None:
+        """Record the predicted time of columns that were not run because the caller had gone."""
+        self._saved_s.inc(saved_s)
+
+    def observe_run(self, column: str, n_images: int, run_s: float, ratio: float) -> None:
+        """Record one run of a column, and its time divided by the predicted median."""
+        self._run_ratio.labels(column).observe(ratio)
         size = next(size for size in self._batch_sizes if size >= n_images)
         self._inference_s.labels(column, str(size)).observe(run_s)
 

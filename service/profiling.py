@@ -20,7 +20,7 @@ import onnxruntime
 
 from service.engine import Processor
 from service.inference import Inference
-from service.scheduling import Latency, LatencyProfile
+from service.latency import Latency, LatencyProfile
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The policy: which column to run now, for whom, and who is done. Pure functions of what is given.
+"""The policy: which column to run now, for whom, who is done, and whom to refuse. Pure functions.
 
 Must not know of clocks, I/O, asyncio, arrays or HTTP: the server and a simulator call the very same code.
 
@@ -8,143 +8,33 @@ of measured latency where a safer choice remains (to admit, to batch, to open wi
 likely latency where it does not.
 """
 
+import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from typing import Generic, Literal, TypeVar, get_args
+from typing import Generic, Literal, Protocol, get_args
+
+from service.ladder import Improvement, Ladder
+from service.latency import LatencyProfile
+from service.waiting import NO_TRAFFIC, Queue, Ticket, TicketT, Traffic, ready_by
 
 StoppedBy = Literal["budget", "confidence", "deepest", "load"]
 STOPPED_BY: tuple[StoppedBy, ...] = get_args(StoppedBy)
 
-LIKELY_MARGIN = 1.1
-"""A refinement is likely to take at most this many medians. Half of all runs exceed one median; overrunning
-costs no deadline (the answer in hand is sent on time) but wastes the run, so a little room is worth it. Not
-yet tuned."""
+ANSWER_WORTH = 4.0
+"""What an answer in time is worth, in corrected answers, unless the operator says otherwise: a refinement
+that makes one wrong answer right is not run if more than a quarter of an answer is expected to be lost by it.
+Found on held-out pictures: about the least at which no policy of fixed columns keeps more deadlines at half
+load."""
 
+OVERLOAD = 1.25
+"""More than this many times of what can be served in the best batches is overload."""
 
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """A waiting request, as far as the policy cares. Only the engine changes one; the policy reads.
+LEAST_SPARE = 0.05
+"""Share of the time that is thought to be left for refinements in the heaviest traffic."""
 
-    Attributes:
-        ready_by_s: Latest time for the result to be there: the deadline less the reserve for writing the
-            answer.
-        min_confidence: The caller is content with an answer at least this confident; None: never.
-        columns_run: Columns that have run, shallow first; empty while there is no answer.
-        confidence: Probability of the answer in hand.
-        lost_s: Time this ticket has stood still, or gone slower, because of others [s].
-    """
-
-    ready_by_s: float
-    min_confidence: float | None = None
-    columns_run: tuple[str, ...] = ()
-    confidence: float = 0.0
-    lost_s: float = 0.0
-
-
-TicketT = TypeVar("TicketT", bound=Ticket)
-
-
-@dataclass(frozen=True, slots=True)
-class Latency:
-    """Measured time of one run [s]: the median and a high quantile."""
-
-    median_s: float
-    high_s: float
-
-    @property
-    def likely_s(self) -> float:
-        """What a run rarely exceeds by much: for optional work."""
-        return min(self.high_s, LIKELY_MARGIN * self.median_s)
-
-
-class LatencyProfile:
-    """Latency by column and batch size on one machine.
-
-    A batch between two measured sizes counts as the larger: exact where batches are padded, pessimistic
-    elsewhere.
-
-    Raises:
-        ValueError: a column lacks a batch size that another has, or nothing was measured; measure all of
-            them.
-    """
-
-    def __init__(self, latencies: Mapping[str, Mapping[int, Latency]]) -> None:
-        sizes = {tuple(sorted(by_size)) for by_size in latencies.values()}
-        if len(sizes) != 1 or not (batch_sizes := sizes.pop()) or batch_sizes[0] != 1:
-            raise ValueError(
-                "every column needs a latency for the same batch sizes, 1 among them: measure all of them"
-            )
-        self.batch_sizes = batch_sizes
-        self._latencies = {column: dict(by_size) for column, by_size in latencies.items()}
-
-    def latency(self, column: str, n_images: int) -> Latency:
-        """Latency of a batch, from the next measured size up.
-
-        Raises:
-            ValueError: no measured batch is that large; make smaller ones.
-        """
-        i = bisect_left(self.batch_sizes, n_images)
-        if i == len(self.batch_sizes):
-            raise ValueError(f"no batch of {n_images} was measured: take at most {self.batch_sizes[-1]}")
-        return self._latencies[column][self.batch_sizes[i]]
-
-    def items(self) -> Iterable[tuple[str, Mapping[int, Latency]]]:
-        """Every column with its latencies by batch size."""
-        return self._latencies.items()
-
-
-@dataclass(frozen=True, slots=True)
-class Improvement:
-    """Columns that, run after those already run, give an answer of higher measured accuracy."""
-
-    added: tuple[str, ...]
-    accuracy: float
-
-
-class Ladder:
-    """What each combination of columns is worth, by accuracy on held-out images.
-
-    A combination without a measured accuracy is worth its deepest column alone, which is then also its
-    answer.
-
-    Raises:
-        ValueError: a column has no accuracy of its own; give one.
-    """
-
-    def __init__(self, columns: Sequence[str], accuracy: Mapping[tuple[str, ...], float]) -> None:
-        if missing := [column for column in columns if (column,) not in accuracy]:
-            raise ValueError(f"column {missing[0]} has no accuracy of its own: measure each single column")
-        self.columns = tuple(columns)
-        self._accuracy = dict(accuracy)
-        self._improvements = {
-            run: self._find_improvements(run)
-            for size in range(len(self.columns) + 1)
-            for run in combinations(self.columns, size)
-        }
-
-    @property
-    def shallowest(self) -> str:
-        """The mandatory column."""
-        return self.columns[0]
-
-    def accuracy(self, columns_run: tuple[str, ...]) -> float:
-        """Held-out accuracy of the answer after these columns; 0 when none has run."""
-        if not columns_run:
-            return 0.0
-        return self._accuracy.get(columns_run, self._accuracy[columns_run[-1:]])
-
-    def improvements(self, columns_run: tuple[str, ...]) -> tuple[Improvement, ...]:
-        """Every way on to a more accurate answer through deeper columns, the most accurate first."""
-        return self._improvements[columns_run]
-
-    def _find_improvements(self, columns_run: tuple[str, ...]) -> tuple[Improvement, ...]:
-        deeper = self.columns[self.columns.index(columns_run[-1]) + 1 :] if columns_run else self.columns
-        ways = (added for size in range(1, len(deeper) + 1) for added in combinations(deeper, size))
-        found = [Improvement(added, self.accuracy(columns_run + added)) for added in ways]
-        better = [way for way in found if way.accuracy > self.accuracy(columns_run)]
-        return tuple(sorted(better, key=lambda way: -way.accuracy))
+WORTH_FILLING = 1.3
+"""A batch is worth filling where two runs take this many times as long as one for both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,57 +66,244 @@ class Admission:
     needs_s: float
 
 
-def plan(waiting: Sequence[TicketT], now_s: float, profile: LatencyProfile, ladder: Ladder) -> Plan[TicketT]:
-    """Decide what to run now.
+class Policy(Protocol):
+    """What decides. Both methods are pure and keep nothing between calls."""
 
-    Column 1 of those without an answer comes first, earliest deadline first. A request alone opens with
-    whatever leads to the most accurate answer that fits, be it a deeper column at once. Only when nobody
-    waits for column 1 is the earliest ticket refined, towards the most accurate combination that still fits.
+    def plan(
+        self,
+        waiting: Queue[TicketT],
+        now_s: float,
+        profile: LatencyProfile,
+        ladder: Ladder,
+        traffic: Traffic = NO_TRAFFIC,
+    ) -> Plan[TicketT]:
+        """Decide what to run now.
+
+        Args:
+            waiting: Every queued ticket. May be empty. None of them is running.
+            now_s: Current time [s, the engine's monotonic clock].
+            profile: Latency by column and batch size [s].
+            ladder: Accuracy by combination of columns.
+            traffic: What to expect to arrive.
+
+        Returns:
+            `batch` is empty exactly when `column` is None; each ticket of `batch` is predicted to finish by
+            its `ready_by_s`. Tickets in neither `batch` nor `finished` go on waiting: for their turn, or,
+            without an answer and past help, for their deadline.
+        """
+
+    def admit(
+        self,
+        ready_by_s: float,
+        now_s: float,
+        busy_until_s: float,
+        waiting: Queue[TicketT],
+        profile: LatencyProfile,
+        ladder: Ladder,
+        traffic: Traffic = NO_TRAFFIC,
+    ) -> Admission:
+        """Decide whether to take in a request that arrives now.
+
+        Args:
+            ready_by_s: When its result must be there [s].
+            now_s: Current time [s].
+            busy_until_s: When the run in progress is predicted to end [s]; in the past when there is none.
+            waiting: Every queued ticket.
+            profile: Latency by column and batch size [s].
+            ladder: Its shallowest column is what is promised.
+            traffic: What to expect to arrive.
+        """
+
+
+_LOAD: StoppedBy = "load"
+_Finished = tuple[tuple[TicketT, StoppedBy], ...]
+_Refinable = dict[tuple[tuple[str, ...], int], list[TicketT]]
+"""By kind, and within it by deadline."""
+
+
+class _Costs(dict[tuple[str, ...], float]):
+    """What it likely takes to run these columns one after the other for one ticket [s]; worked out once."""
+
+    def __init__(self, profile: LatencyProfile) -> None:
+        self._profile = profile
+
+    def __missing__(self, columns: tuple[str, ...]) -> float:
+        self[columns] = sum(self._profile.latency(column, 1).likely_s for column in columns)
+        return self[columns]
+
+
+class Anytime:
+    """The policy that ships: answers first, then refinement by what it gains for the time it takes.
+
+    Column 1 of those without an answer comes first, earliest deadline first. Only when nobody waits for it
+    are answers refined: the run that is expected to correct most answers per second, counted by the
+    confidence of the answers in hand, and less what it is expected to cost those who will arrive while it
+    lasts. A request that is alone is taken to the most accurate answer that fits, be it by opening with a
+    deeper column.
 
     Args:
-        waiting: Every queued ticket, any order. May be empty. None of them is running.
-        now_s: Current time [s, the engine's monotonic clock].
-        profile: Latency by column and batch size [s].
-        ladder: Accuracy by combination of columns.
-
-    Returns:
-        `batch` is empty exactly when `column` is None; each ticket of `batch` is predicted to finish by its
-        `ready_by_s`. Tickets in neither `batch` nor `finished` go on waiting: for their turn, or, without an
-        answer and past help, for their deadline.
-
-    Cost: O(n log n + n * 2^C) in n waiting tickets and C columns; never blocks.
+        answer_worth: What an answer in time is worth, in corrected answers. Larger: fewer deadlines are
+            missed
+            because of a refinement, fewer answers are refined.
     """
-    unanswered: list[TicketT] = []
-    refinable: list[tuple[TicketT, Improvement]] = []
-    finished: list[tuple[TicketT, StoppedBy]] = []
-    for ticket in sorted(waiting, key=_ready_by):
-        if not ticket.columns_run:
-            if now_s + profile.latency(ladder.shallowest, 1).median_s <= ticket.ready_by_s:
-                unanswered.append(ticket)
-        elif not _is_content(ticket) and (way := _best_way(ticket, now_s, profile, ladder)):
-            refinable.append((ticket, way))
-        else:
-            finished.append((ticket, stopped_by(ticket, now_s, profile, ladder)))
 
-    column: str | None = None
-    batch: list[TicketT] = []
-    if len(unanswered) == 1 and not refinable:
-        opening = _best_way(unanswered[0], now_s, profile, ladder)
-        column, batch = opening.added[0] if opening else ladder.shallowest, unanswered
-    elif unanswered:
-        column = ladder.shallowest
-        n = _worthwhile_batch(column, [ticket.ready_by_s for ticket in unanswered], now_s, profile)
-        batch = unanswered[:n]
-    elif refinable:
-        column = refinable[0][1].added[0]
-        same = [(ticket, way.added[1:]) for ticket, way in refinable if way.added[0] == column]
-        ends_by_s = [
-            ticket.ready_by_s - sum(profile.latency(later, 1).likely_s for later in rest)
-            for ticket, rest in same
-        ]
-        n = _worthwhile_batch(column, ends_by_s, now_s, profile)
-        batch = [ticket for ticket, _ in same[:n]]
-    return Plan(column, tuple(batch), tuple(finished))
+    def __init__(self, answer_worth: float = ANSWER_WORTH) -> None:
+        self._answer_worth = answer_worth
+
+    def plan(
+        self,
+        waiting: Queue[TicketT],
+        now_s: float,
+        profile: LatencyProfile,
+        ladder: Ladder,
+        traffic: Traffic = NO_TRAFFIC,
+    ) -> Plan[TicketT]:
+        """As `Policy`.
+
+        Cost: O(K * 2^C + log n) in n waiting tickets, C columns and K kinds of them; never blocks.
+        """
+        column_1 = profile.latency(ladder.shallowest, 1)
+        first = bisect_left(waiting.unanswered, now_s + column_1.median_s, key=ready_by)
+        costs = _Costs(profile)
+        finished, refinable = _part_with_the_hopeless(waiting, now_s, profile, ladder, traffic, costs)
+        is_alone = len(waiting.unanswered) + sum(map(len, waiting.answered.values())) == 1
+        if first < len(waiting.unanswered):
+            if is_alone:
+                way = _best_way(waiting.unanswered[0], now_s, profile, ladder, traffic, self._answer_worth)
+                column = way.added[0] if way else ladder.shallowest
+                return Plan(column, (waiting.unanswered[0],), finished)
+            if better := self._better_than_a_small_batch(
+                waiting, first, refinable, now_s, profile, ladder, traffic, costs
+            ):
+                return Plan(*better, finished)
+            least = min(_least_batch(ladder.shallowest, profile, traffic), len(waiting.unanswered) - first)
+            if least > 1:
+                least_s = profile.latency(ladder.shallowest, least).likely_s
+                fitting = bisect_left(waiting.unanswered, now_s + least_s, key=ready_by)
+                if fitting < len(waiting.unanswered):
+                    first = fitting
+            slack_s = waiting.unanswered[first].ready_by_s - now_s
+            n = _worthwhile_batch(ladder.shallowest, len(waiting.unanswered) - first, slack_s, profile)
+            return Plan(ladder.shallowest, tuple(waiting.unanswered[first : first + n]), finished)
+        if not refinable:
+            return Plan(None, (), finished)
+        if is_alone:
+            ticket = next(iter(waiting))
+            if way := _best_way(ticket, now_s, profile, ladder, traffic, self._answer_worth):
+                return Plan(way.added[0], (ticket,), finished)
+        elif best := self._best_refinement(refinable, now_s, profile, ladder, traffic, costs):
+            return Plan(*best, finished)
+        hopeless = ((ticket, _LOAD) for same in refinable.values() for ticket in same)
+        return Plan(None, (), (*finished, *hopeless))
+
+    def admit(
+        self,
+        ready_by_s: float,
+        now_s: float,
+        busy_until_s: float,
+        waiting: Queue[TicketT],
+        profile: LatencyProfile,
+        ladder: Ladder,
+        traffic: Traffic = NO_TRAFFIC,
+    ) -> Admission:
+        """As `Policy`: whether it can be promised column 1 in time.
+
+        Plays the queue through, with the batches that `plan` would form, up to the high quantile of when each
+        of them will be answered. In overload nobody is let in who has no time for the best batch.
+
+        Cost: O(n) in waiting tickets without an answer; never blocks.
+        """
+        start_s = max(now_s, busy_until_s)
+        before_s = [ticket.ready_by_s for ticket in waiting.unanswered]
+        place = bisect_right(before_s, ready_by_s)
+        with_it_s = [*before_s[:place], ready_by_s, *before_s[place:]]
+        least = _least_batch(ladder.shallowest, profile, traffic)
+        ends_s = _ends_of_column_1(with_it_s, start_s, profile, ladder, least)
+        needs_s = max(ends_s[place] - now_s, profile.latency(ladder.shallowest, least).likely_s)
+        if now_s + needs_s > ready_by_s:
+            return Admission(is_accepted=False, needs_s=needs_s)
+        # Whoever waits behind it and is late, with or without it, is kept waiting by it: only the past help are
+        # not, on whom no time is spent.
+        hopeless_s = start_s + profile.latency(ladder.shallowest, 1).median_s
+        is_harmless = all(
+            end_s <= by_s or by_s < hopeless_s
+            for by_s, end_s in zip(with_it_s[place + 1 :], ends_s[place + 1 :], strict=True)
+        )
+        return Admission(is_accepted=is_harmless, needs_s=needs_s)
+
+    def _better_than_a_small_batch(
+        self,
+        waiting: Queue[TicketT],
+        first: int,
+        refinable: _Refinable[TicketT],
+        now_s: float,
+        profile: LatencyProfile,
+        ladder: Ladder,
+        traffic: Traffic,
+        costs: _Costs,
+    ) -> tuple[str, tuple[TicketT, ...]] | None:
+        """A refinement to run while the batch of column 1 fills, where that pays and risks nobody's answer.
+
+        It pays where those waiting and those who will have come by then take much less time together than
+        apart: on a GPU, not on a CPU. In overload every run is needed for first answers.
+        """
+        column, largest = ladder.shallowest, profile.batch_sizes[-1]
+        n = len(waiting.unanswered) - first
+        if n >= largest or not refinable or _least_batch(column, profile, traffic) > 1:
+            return None
+        pair_s = profile.latency(column, min(2, largest)).median_s
+        if 2 * profile.latency(column, 1).median_s < WORTH_FILLING * pair_s:
+            return None
+        best = self._best_refinement(refinable, now_s, profile, ladder, traffic, costs)
+        if not best:
+            return None
+        run_s = profile.latency(best[0], len(best[1])).high_s
+        n_more = min(int(traffic.rate_hz * run_s), largest - n)
+        if n_more < 1:
+            return None
+        apart_s = profile.latency(column, n).median_s + profile.latency(column, n_more).median_s
+        if apart_s < WORTH_FILLING * profile.latency(column, n + n_more).median_s:
+            return None
+        by_s = [ticket.ready_by_s for ticket in waiting.unanswered[first:]]
+        ends_s = _ends_of_column_1(by_s, now_s + run_s, profile, ladder)
+        is_safe = all(end_s <= ready_by_s for end_s, ready_by_s in zip(ends_s, by_s, strict=True))
+        return best if is_safe else None
+
+    def _best_refinement(
+        self,
+        refinable: _Refinable[TicketT],
+        now_s: float,
+        profile: LatencyProfile,
+        ladder: Ladder,
+        traffic: Traffic,
+        costs: _Costs,
+    ) -> tuple[str, tuple[TicketT, ...]] | None:
+        """The run expected to correct most answers per second, less what arrives and is lost by it."""
+        offers = _offers(refinable, now_s, ladder, costs)
+        column_1_s = profile.latency(ladder.shallowest, 1).likely_s
+        best: tuple[str, tuple[TicketT, ...]] | None = None
+        best_rate = 0.0
+        for column, of_column in offers.items():
+            of_column.sort(key=lambda offer: -offer.rate)
+            single_s = profile.latency(column, 1).likely_s
+            for size in profile.batch_sizes:
+                run_s = profile.latency(column, size).likely_s
+                batch: list[TicketT] = []
+                gain = 0.0
+                for offer in of_column:
+                    extra_s = run_s - single_s  # a larger batch leaves less time for the rest of the way
+                    place = bisect_left(offer.tickets, now_s + offer.cost_s + extra_s, key=ready_by)
+                    taken = offer.tickets[place : place + size - len(batch)]
+                    batch += taken
+                    gain += len(taken) * offer.rate * single_s
+                    if len(batch) == size:
+                        break
+                if len(batch) <= size // 2 and size > 1:
+                    break
+                rate = (gain - self._answer_worth * traffic.losses(run_s, column_1_s)) / run_s
+                if rate > best_rate:
+                    best, best_rate = (column, tuple(batch)), rate
+        return best
 
 
 def stopped_by(ticket: Ticket, now_s: float, profile: LatencyProfile, ladder: Ladder) -> StoppedBy:
@@ -236,128 +313,211 @@ def stopped_by(ticket: Ticket, now_s: float, profile: LatencyProfile, ladder: La
     a stop, a run that failed. `deepest` includes that deeper rungs exist but none makes the answer more
     accurate.
     """
-    if _is_content(ticket):
+    if ticket.is_content:
         return "confidence"
     if not ladder.improvements(ticket.columns_run):
         return "deepest"
-    return "load" if _best_way(ticket, now_s - ticket.lost_s, profile, ladder) else "budget"
+    fits = _best_way(ticket, now_s - ticket.lost_s, profile, ladder, NO_TRAFFIC, 0.0)
+    return "load" if fits else "budget"
 
 
-def admit(
-    ready_by_s: float,
-    now_s: float,
-    busy_until_s: float,
-    waiting: Sequence[Ticket],
-    profile: LatencyProfile,
-    ladder: Ladder,
-) -> Admission:
-    """Decide whether a request that arrives now can be promised column 1 in time.
-
-    Plays the queue through, with the batches that `plan` would form and every run at its high quantile: the
-    promise holds as long as no run takes longer.
-
-    Args:
-        ready_by_s: When its result must be there [s].
-        now_s: Current time [s].
-        busy_until_s: When the run in progress is predicted to end [s]; in the past when there is none.
-        waiting: Every queued ticket, any order.
-        profile: Latency by column and batch size [s].
-        ladder: Its shallowest column is what is promised.
-
-    Cost: O(n log n) in waiting tickets; never blocks.
-    """
-    start_s = max(now_s, busy_until_s)
-    before_s = _unanswered_s(waiting)
-    place = bisect_right(before_s, ready_by_s)
-    with_it_s = [*before_s[:place], ready_by_s, *before_s[place:]]
-    ends_s = _ends_of_column_1(with_it_s, start_s, profile, ladder)
-    needs_s = ends_s[place] - now_s
-    are_late = [end_s > by_s for by_s, end_s in zip(with_it_s, ends_s, strict=True)]
-    if are_late.pop(place):
-        return Admission(is_accepted=False, needs_s=needs_s)
-    if not any(are_late):
-        return Admission(is_accepted=True, needs_s=needs_s)
-    ends_without_s = _ends_of_column_1(before_s, start_s, profile, ladder)
-    is_harmless = all(
-        end_s > by_s
-        for is_late, by_s, end_s in zip(are_late, before_s, ends_without_s, strict=True)
-        if is_late
-    )
-    return Admission(is_accepted=is_harmless, needs_s=needs_s)
+def to_come_s(ticket: Ticket, now_s: float, profile: LatencyProfile, ladder: Ladder) -> float:
+    """Predicted time of the columns that would still be run for this ticket, were it alone [s]."""
+    way = None if ticket.is_content else _best_way(ticket, now_s, profile, ladder, NO_TRAFFIC, 0.0)
+    return sum(profile.latency(column, 1).median_s for column in way.added) if way else 0.0
 
 
 def backlog_s(
-    now_s: float, busy_until_s: float, waiting: Sequence[Ticket], profile: LatencyProfile, ladder: Ladder
+    now_s: float,
+    busy_until_s: float,
+    waiting: Queue[TicketT],
+    profile: LatencyProfile,
+    ladder: Ladder,
 ) -> float:
-    """Predicted time until everyone who waits now has column 1 [s from now]. Arguments as for `admit`."""
-    free_s = max(now_s, busy_until_s)
-    return max([free_s, *_ends_of_column_1(_unanswered_s(waiting), free_s, profile, ladder)]) - now_s
+    """Predicted time until everyone who waits now has column 1, in the best batches [s from now]."""
+    each_s = _best_each_s(ladder.shallowest, profile)
+    return max(0.0, busy_until_s - now_s) + len(waiting.unanswered) * each_s
 
 
-def _unanswered_s(waiting: Sequence[Ticket]) -> list[float]:
-    return sorted(ticket.ready_by_s for ticket in waiting if not ticket.columns_run)
+def _best_each_s(column: str, profile: LatencyProfile) -> float:
+    """Time per image in the batches that are cheapest per image [s]."""
+    return min(profile.latency(column, size).median_s / size for size in profile.batch_sizes)
 
 
 def _ends_of_column_1(
-    queue_s: Sequence[float], start_s: float, profile: LatencyProfile, ladder: Ladder
+    queue_s: Sequence[float],
+    start_s: float,
+    profile: LatencyProfile,
+    ladder: Ladder,
+    least_batch: int = 1,
 ) -> list[float]:
-    """When column 1 would be there for each of these deadlines (ascending), every run at its high quantile.
+    """When column 1 is sure to be there for each of these deadlines (ascending).
 
-    For one past help, on whom `plan` spends nothing: when it would be there if run next.
+    One after the other, runs take the sum of their medians; that they all take their high quantile at once is
+    as unlikely as a series of sixes. What a single run may take longer adds up like independent errors do: as
+    the root of the sum of squares.
+
+    Args:
+        queue_s: Deadlines, ascending [s].
+        start_s: When the first run can start [s].
+        profile: Latency by column and batch size [s].
+        ladder: Its shallowest column is the one.
+        least_batch: Who has no time for a batch of this size, if so many wait, is past help.
+
+    Returns:
+        For one past help, on whom `plan` spends nothing: when it would be there if run next, or later.
     """
-    column, largest = ladder.shallowest, profile.batch_sizes[-1]
+    column = ladder.shallowest
     alone = profile.latency(column, 1)
     ends_s: list[float] = []
-    now_s = start_s
-    while left_s := queue_s[len(ends_s) : len(ends_s) + largest]:
-        if now_s + alone.median_s > left_s[0]:
+    now_s, variance_s2 = start_s, 0.0
+    n_queue = len(queue_s)
+    while len(ends_s) < n_queue:
+        slack_s = queue_s[len(ends_s)] - now_s
+        n_left = n_queue - len(ends_s)
+        if alone.median_s > slack_s:
             ends_s.append(now_s + alone.high_s)
             continue
-        n = _worthwhile_batch(column, left_s, now_s, profile)
-        now_s += profile.latency(column, n).high_s
-        ends_s += [now_s] * n
+        if profile.latency(column, min(least_batch, n_left)).median_s > slack_s:
+            ends_s.append(now_s + slack_s + alone.high_s)
+            continue
+        n = _worthwhile_batch(column, n_left, slack_s, profile)
+        latency = profile.latency(column, n)
+        now_s += latency.median_s
+        variance_s2 += (latency.high_s - latency.median_s) ** 2
+        ends_s += [now_s + math.sqrt(variance_s2)] * n
     return ends_s
 
 
-def _ready_by(ticket: Ticket) -> float:
-    return ticket.ready_by_s
-
-
-def _is_content(ticket: Ticket) -> bool:
-    return ticket.min_confidence is not None and ticket.confidence >= ticket.min_confidence
-
-
-def _best_way(ticket: Ticket, now_s: float, profile: LatencyProfile, ladder: Ladder) -> Improvement | None:
-    """The most accurate answer that this ticket, served alone from now, is predicted to have in time.
+def _best_way(
+    ticket: Ticket,
+    now_s: float,
+    profile: LatencyProfile,
+    ladder: Ladder,
+    traffic: Traffic,
+    answer_worth: float,
+) -> Improvement | None:
+    """What a ticket that is alone is worth running next, and on: towards the most accurate answer that fits.
 
     Without an answer in hand the first run must not overrun, so it counts with its high quantile. Ties: the
     cheaper.
     """
     best: Improvement | None = None
-    best_cost_s = 0.0
-    for way in ladder.improvements(ticket.columns_run):
-        if best and way.accuracy < best.accuracy:
-            break
+    best_worth = (0.0, 0.0)
+    column_1_s = profile.latency(ladder.shallowest, 1).likely_s
+    for way in ladder.improvements(ticket.columns_run, ladder.row(ticket.columns_run, ticket.confidence)):
         first, *rest = (profile.latency(column, 1) for column in way.added)
-        cost_s = first.likely_s if ticket.columns_run else first.high_s
-        cost_s += sum(latency.likely_s for latency in rest)
-        if now_s + cost_s <= ticket.ready_by_s and (best is None or cost_s < best_cost_s):
-            best, best_cost_s = way, cost_s
+        first_s = first.likely_s if ticket.columns_run else first.high_s
+        cost_s = first_s + sum(latency.likely_s for latency in rest)
+        if now_s + cost_s > ticket.ready_by_s:
+            continue
+        worth = way.gain - answer_worth * traffic.losses(first_s, column_1_s)
+        if worth > 0 and (best is None or (worth, -cost_s) > best_worth):
+            best, best_worth = way, (worth, -cost_s)
     return best
 
 
-def _worthwhile_batch(column: str, ends_by_s: Sequence[float], now_s: float, profile: LatencyProfile) -> int:
-    """How many of these tickets, taken in order, to run together: at least 1.
+def _part_with_the_hopeless(
+    waiting: Queue[TicketT],
+    now_s: float,
+    profile: LatencyProfile,
+    ladder: Ladder,
+    traffic: Traffic,
+    costs: _Costs,
+) -> tuple[_Finished[TicketT], _Refinable[TicketT]]:
+    """Who of those with an answer is done, and who is kept to be refined.
 
-    A larger batch must be cheaper per image than a smaller one, and safe for each of its tickets.
+    Done is who wants nothing deeper, and for whom nothing deeper will be had in time: answers that have more to
+    gain are refined first, in the time that first answers leave over. One whose turn would come too late is sent
+    its answer now rather than in the last moment.
+    """
+    finished = [(t, stopped_by(t, now_s, profile, ladder)) for t in waiting.answered.get(None, ())]
+    refinable: _Refinable[TicketT] = {}
+    best = []
+    for kind in waiting.answered:
+        if kind is not None:
+            ways = ladder.improvements(*kind)
+            rate, cost_s = max((way.gain / costs[way.added], costs[way.added]) for way in ways)
+            best.append((rate, cost_s, min(costs[way.added] for way in ways), kind))
+    each_s = _best_each_s(ladder.shallowest, profile)
+    spare = max(LEAST_SPARE, 1 - traffic.rate_hz * each_s)
+    turn_s = now_s
+    for _, cost_s, least_s, kind in sorted(best, reverse=True):
+        kept: list[TicketT] = []
+        for ticket in waiting.answered[kind]:
+            if ticket.ready_by_s < turn_s + least_s:
+                finished.append((ticket, stopped_by(ticket, now_s, profile, ladder)))
+            else:
+                turn_s += cost_s / spare
+                kept.append(ticket)
+        if kept:
+            refinable[kind] = kept
+    return tuple(finished), refinable
+
+
+@dataclass(frozen=True, slots=True)
+class _Offer(Generic[TicketT]):
+    """Tickets of one kind that would go one way.
+
+    Attributes:
+        rate: Answers corrected per second of running the whole way for one of them.
+        cost_s: Of the whole way for one of them [s].
+        tickets: Those for whom it fits, by deadline; perhaps more than that.
+    """
+
+    rate: float
+    cost_s: float
+    tickets: list[TicketT]
+
+
+def _offers(
+    refinable: _Refinable[TicketT], now_s: float, ladder: Ladder, costs: _Costs
+) -> dict[str, list[_Offer[TicketT]]]:
+    """By column to run next, the best way of each kind that begins with it and still fits somebody."""
+    offers: dict[str, list[_Offer[TicketT]]] = {}
+    for kind, same in refinable.items():
+        best: dict[str, _Offer[TicketT]] = {}
+        latest_s = same[-1].ready_by_s
+        for way in ladder.improvements(*kind):
+            cost_s = costs[way.added]
+            if now_s + cost_s > latest_s:
+                continue
+            rate = way.gain / cost_s
+            column = way.added[0]
+            if column not in best or rate > best[column].rate:
+                best[column] = _Offer(rate, cost_s, same)
+        for column, offer in best.items():
+            offers.setdefault(column, []).append(offer)
+    return offers
+
+
+def _least_batch(column: str, profile: LatencyProfile, traffic: Traffic) -> int:
+    """The smallest batch worth a run in this traffic: 1, or in overload the best.
+
+    Overload is where not even the best batch can serve everybody: a run for one who has no time for it is
+    then had at the expense of several others.
+    """
+    best_n, best_each_s = 1, float("inf")
+    for size in profile.batch_sizes:
+        each_s = profile.latency(column, size).median_s / size
+        if each_s < best_each_s:
+            best_n, best_each_s = size, each_s
+    return best_n if traffic.rate_hz * best_each_s > OVERLOAD else 1
+
+
+def _worthwhile_batch(column: str, n_waiting: int, slack_s: float, profile: LatencyProfile) -> int:
+    """How many tickets, the earliest of which has this slack, to run together: at least 1.
+
+    A larger batch must be cheaper per image than a smaller one, and safe for the earliest.
     """
     best_n, best_each_s = 1, profile.latency(column, 1).median_s
-    earliest_s = float("inf")
-    for n, end_s in enumerate(ends_by_s[: profile.batch_sizes[-1]], 1):
-        latency = profile.latency(column, n)
-        earliest_s = min(earliest_s, end_s)
-        if now_s + latency.high_s > earliest_s:
+    for size in profile.batch_sizes[1:]:
+        latency = profile.latency(column, size)
+        if latency.high_s > slack_s:
             break
+        n = min(size, n_waiting)
         if latency.median_s / n < best_each_s:
             best_n, best_each_s = n, latency.median_s / n
+        if n == n_waiting:
+            break
     return best_n

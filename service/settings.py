@@ -12,6 +12,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict
 
+from service.policies import PolicyName
+from service.scheduling import ANSWER_WORTH
+
 PREFIX = "ANYTIME_"
 
 
@@ -31,6 +34,12 @@ def platform_cache() -> Path:
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "anytime"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anytime"
+
+
+def brief_on_few_cores() -> float:
+    """What pays was measured with two cores and with more: see docs/decisions."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1.0 if cores <= 2 else 0.0
 
 
 class Settings(BaseSettings):
@@ -66,12 +75,28 @@ class Settings(BaseSettings):
         description="Largest budget taken; above it 422. Larger: a request may hold its place in the queue "
         "longer.",
     )
+    policy: PolicyName = Field(
+        "anytime",
+        description="What decides which column runs for whom. The others are there to be compared with: one "
+        "column a request, the shallowest, the deepest, the deepest that fits, or SlackFit.",
+    )
+    answer_worth: float = Field(
+        ANSWER_WORTH,
+        ge=0,
+        description="What an answer in time is worth, in corrected answers. Larger: fewer deadlines missed "
+        "because of a refinement, fewer answers refined.",
+    )
     overhead_reserve_ms: float = Field(
         0.4,
         ge=0,
-        description="Part of each budget kept for waking up, building and writing the answer. Larger: "
-        "fewer late "
-        "answers, less time for deeper columns.",
+        description="Part of each budget kept for building and writing the answer, until the server has seen "
+        "how long that takes. Larger: fewer late answers at first.",
+    )
+    max_overhead_reserve_ms: float = Field(
+        5.0,
+        ge=0,
+        description="The most that is kept, however long it takes. Larger: fewer late answers on a machine "
+        "that is slow for a while, more refused in that time.",
     )
     write_reserve_ms: float = Field(
         0.1,
@@ -127,6 +152,12 @@ class Settings(BaseSettings):
         description="Threads within one run on a CPU. Larger: faster on idle cores, erratic when anything "
         "else runs.",
     )
+    brief_run_ms: float = Field(
+        default_factory=brief_on_few_cores,
+        ge=0,
+        description="On a CPU, runs predicted to take no longer are not handed over to a thread. Larger: "
+        "less to do for two cores that also serve the network, but the server is deaf for so long.",
+    )
     batch_sizes: Annotated[tuple[int, ...], NoDecode] = Field(
         (1, 2, 4, 8),
         description="Batch sizes that are warmed up and measured, e.g. `1,2,4,8`. Larger ones: more "
@@ -139,7 +170,7 @@ class Settings(BaseSettings):
         description="Time for measuring latencies at start-up. Larger: steadier predictions, later ready.",
     )
     profile_quantile: float = Field(
-        0.95,
+        0.8,
         gt=0.5,
         lt=1,
         description="The high quantile of measured latencies that admission trusts. Larger: fewer late "
@@ -177,8 +208,8 @@ class Settings(BaseSettings):
     def _consistent(self) -> Self:
         if not self.min_budget_ms <= self.default_budget_ms <= self.max_budget_ms:
             raise ValueError("min_budget_ms <= default_budget_ms <= max_budget_ms must hold")
-        if self.write_reserve_ms > self.overhead_reserve_ms:
-            raise ValueError("write_reserve_ms is a part of overhead_reserve_ms and cannot exceed it")
+        if not self.write_reserve_ms <= self.overhead_reserve_ms <= self.max_overhead_reserve_ms:
+            raise ValueError("write_reserve_ms <= overhead_reserve_ms <= max_overhead_reserve_ms must hold")
         return self
 
 

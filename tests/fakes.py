@@ -43,6 +43,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._jumping.now_s
 
+    def work(self, duration_s: float) -> None:
+        """Let time pass while code runs: nothing else happens meanwhile."""
+        self._jumping.now_s += duration_s
+
 
 def run_in_virtual_time(main: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
     """Run a coroutine as `asyncio.run` does, in virtual time; raises when it would hang."""
@@ -61,16 +65,19 @@ class FakeProcessor:
     Args:
         duration_s: By column and number of images.
         behaviours: How the runs behave, one after the other; those after the last are good.
+
+    A brief run is over on return, and the loop has stood still for it; `n_brief` counts them.
     """
 
     def __init__(self, duration_s: Callable[[str, int], float], behaviours: Sequence[Behaviour] = ()) -> None:
         self._duration_s = duration_s
         self._behaviours = list(behaviours)
         self.runs: list[tuple[float, str, tuple[int, ...]]] = []
+        self.n_brief = 0
         self.is_running = False
 
     def start(
-        self, column: str, images_HWC: Sequence[NDArray[np.uint8]]
+        self, column: str, images_HWC: Sequence[NDArray[np.uint8]], *, is_brief: bool = False
     ) -> asyncio.Future[NDArray[np.float32]]:
         assert not self.is_running, "the engine must not start a run while another is in progress"
         self.is_running = True
@@ -89,7 +96,14 @@ class FakeProcessor:
                 logits_NK[range(len(identities)), identities] = 5.0 + int(column)
                 done.set_result(logits_NK[1:] if behaviour == "short" else logits_NK)
 
-        loop.call_later(self._duration_s(column, len(identities)), finish)
+        duration_s = self._duration_s(column, len(identities))
+        if is_brief:
+            assert isinstance(loop, VirtualLoop)
+            self.n_brief += 1
+            loop.work(duration_s)
+            finish()
+        else:
+            loop.call_later(duration_s, finish)
         return done
 
     def combine(

@@ -56,6 +56,12 @@ def test_the_ladder_of_the_server_is_that_of_the_manifest(folder: Path) -> None:
     assert list(ladder.columns) == [rung["column"] for rung in manifest["rungs"]]
     for combination in manifest["combinations"]:
         assert ladder.accuracy(tuple(combination["columns"])) == combination["accuracy"]
+    assert manifest["confidence"]
+    for table in manifest["confidence"]:
+        last = len(table["n"]) - 1
+        assert ladder.row(tuple(table["columns"]), table["edges"][-2]) == last
+        assert ladder.row(tuple(table["columns"]), table["edges"][-1]) == last
+        assert ladder.row(tuple(table["columns"]), 0.0) == 0
 
 
 @pytest.mark.parametrize("size", [(32, 32), (32, 48), (33, 32), (90, 61), (20, 7), (31, 40)])

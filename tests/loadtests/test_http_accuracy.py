@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loadtests.http_accuracy import Answer, Offline, judge, main, read_test_images
+from loadtests.http_accuracy import Answer, judge, main
+from loadtests.offline import Offline, read_test_images
 from tests.service import toy_artifact
 from tests.service.conftest import Launcher, Running, artifact, inference, launch, profile_of, server
 
@@ -69,14 +70,3 @@ def test_a_budget_that_got_no_answer_fails(launch: Launcher, artifact: Path, dat
     url = str(hopeless.client.base_url)
     status = main(["--data", str(data), "--artifact", str(artifact), "--url", url, "--budgets", "5"])
     assert status == 1
-
-
-def test_a_malicious_file_runs_nothing(data: Path, tmp_path: Path) -> None:
-    class Malicious:
-        def __reduce__(self) -> tuple[object, ...]:
-            return (Path.touch, (tmp_path / "ran",))
-
-    (data / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(Malicious()))
-    with pytest.raises(pickle.UnpicklingError, match="download it anew"):
-        read_test_images(data, N, toy_artifact.HEIGHT, toy_artifact.WIDTH)
-    assert not (tmp_path / "ran").exists()

@@ -5,7 +5,6 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -15,8 +14,10 @@ import pytest
 import uvicorn
 
 from service.api import Service
+from service.engine import InferenceThread
 from service.inference import Inference, load
-from service.scheduling import Latency, LatencyProfile
+from service.latency import Latency, LatencyProfile
+from service.protocol import StampedProtocol
 from service.settings import Settings
 from tests.service import toy_artifact
 
@@ -98,11 +99,13 @@ class Launcher:
         service = Service(
             chosen,
             inference or self.inference,
-            ThreadPoolExecutor(1, "inference"),
+            InferenceThread(inference or self.inference),
             profile or profile_of(1e-5),
         )
         listener = socket.create_server(("127.0.0.1", 0))
-        server = _Server(uvicorn.Config(service, log_config=None, lifespan="on", access_log=False))
+        server = _Server(
+            uvicorn.Config(service, http=StampedProtocol, log_config=None, lifespan="on", access_log=False)
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         self.stack.callback(thread.join)

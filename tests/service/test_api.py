@@ -5,7 +5,6 @@ import io
 import json
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.api import Parameters, Service
-from service.engine import Served
+from service.engine import InferenceThread, Served
 from service.errors import OUTCOMES
 from service.inference import Inference
 from service.settings import Settings
@@ -238,7 +237,8 @@ def session() -> Iterator[BlockedSession]:
 def blocked(launch: Launcher, session: BlockedSession, inference: Inference) -> Running:
     """A server whose every run waits for `session.released`."""
     sessions = dict.fromkeys(toy_artifact.COLUMNS, session)
-    return launch(inference=Inference(inference.manifest, sessions, provider="cpu", sha256="0" * 64))
+    waiting = Inference(inference.manifest, sessions, provider="cpu", sha256="0" * 64)
+    return launch(inference=waiting, brief_run_ms=0.0)  # a brief run would hold the server up, too
 
 
 class Caller(threading.Thread):
@@ -299,20 +299,21 @@ def test_the_time_it_takes_to_write_a_long_answer_counts(
         now_s += 1.0 if "top" in document else 0.0
         return json.dumps(document).encode()
 
-    with ThreadPoolExecutor(1) as thread:
-        service = Service(Settings(profile_cache=None), inference, thread, profile_of(1e-5), lambda: now_s)
-        monkeypatch.setattr(orjson, "dumps", slow_dumps)
-        served = Served(
-            outcome="answered",
-            arrived_s=0.0,
-            deadline_s=0.5,
-            settled_s=0.0,
-            queue_s=0.0,
-            inference_s=0.0,
-            columns_run=("1",),
-            probabilities_K=np.full(5, 0.2, np.float32),
-        )
-        answer = json.loads(bytes(service._prediction(served, Parameters(0.5, 5, None), 0.0).body))
+    processor = InferenceThread(inference)
+    service = Service(Settings(profile_cache=None), inference, processor, profile_of(1e-5), lambda: now_s)
+    monkeypatch.setattr(orjson, "dumps", slow_dumps)
+    served = Served(
+        outcome="answered",
+        arrived_s=0.0,
+        deadline_s=0.5,
+        settled_s=0.0,
+        queue_s=0.0,
+        inference_s=0.0,
+        columns_run=("1",),
+        probabilities_K=np.full(5, 0.2, np.float32),
+    )
+    answer = json.loads(service._prediction(served, Parameters(0.5, 5, None), 0.0))
+    processor.close()
     assert answer["deadline_met"] is False
     assert answer["elapsed_ms"] == 1000
 

@@ -162,6 +162,14 @@ def put(*keys: str | int, value: object) -> Callable[[dict[str, Any]], None]:
         (put("combinations", 0, "bias", value=[0.0, 0.0]), "one bias per label"),
         (put("combinations", 0, "temperature", value=0.0), "temperature"),
         (put("combinations", value=[]), "no combination of its own"),
+        (put("confidence", 0, "edges", value=[0.0, 1.0]), "one row between each two edges"),
+        (put("confidence", 0, "n", value=[100]), "one row between each two edges"),
+        (put("confidence", 0, "accuracy", "1+2", value=[0.8, 0.9, 0.9]), "one row between each two edges"),
+        (put("confidence", 0, "edges", value=[1.0, 0.5, 0.0]), "ascending edges"),
+        (put("confidence", 0, "edges", value=[0.0, 0.0, 1.0]), "ascending edges"),
+        (put("confidence", 0, "n", value=[60, -1]), "confidence.0.n"),
+        (put("confidence", 0, "accuracy", "1", value=[0.7, 95.0]), "confidence.0.accuracy"),
+        (put("confidence", 0, "columns", value=[]), "confidence.0.columns"),
     ],
 )
 def test_a_wrong_manifest_is_refused_by_the_place(
@@ -169,6 +177,22 @@ def test_a_wrong_manifest_is_refused_by_the_place(
 ) -> None:
     with pytest.raises(ArtifactError, match=says):
         load_cpu(rewrite(toy_artifact.write(tmp_path), change))
+
+
+def test_confidence_tables_reach_the_ladder(artifact: Path) -> None:
+    ladder = load_cpu(artifact).manifest.ladder()
+    unsure, sure = ladder.row(("1",), 0.3), ladder.row(("1",), 0.6)
+    assert (unsure, sure) == (0, 1)
+    gains = [
+        {way.added: way.gain for way in ladder.improvements(("1",), row)}["2",] for row in (unsure, sure)
+    ]
+    # Sixty pictures gained 0.10 and forty 0.02, each with twenty more that gained the average, 0.07.
+    assert gains == pytest.approx([(60 * 0.10 + 20 * 0.07) / 80, (40 * 0.02 + 20 * 0.07) / 60])
+
+
+def test_a_manifest_without_confidence_tables_will_do(tmp_path: Path) -> None:
+    folder = rewrite(toy_artifact.write(tmp_path), lambda described: described.pop("confidence"))
+    assert load_cpu(folder).manifest.ladder().row(("1",), 0.9) == 0
 
 
 def test_a_manifest_that_is_no_json_is_refused(tmp_path: Path) -> None:

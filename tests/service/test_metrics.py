@@ -12,7 +12,14 @@ from service.scheduling import STOPPED_BY
 @pytest.fixture
 def metrics() -> Metrics:
     build = {"version": "1", "artifact": "toy@7", "artifact_sha256": "0", "provider": "cpu"}
-    return Metrics(columns=["1", "2"], batch_sizes=[1, 4], n_waiting=lambda: 3, build=build)
+    return Metrics(
+        columns=["1", "2"],
+        batch_sizes=[1, 4],
+        n_waiting=lambda: 3,
+        slowdown=lambda: 1.5,
+        reserve_s=lambda: 0.0004,
+        build=build,
+    )
 
 
 def series(metrics: Metrics) -> dict[str, float]:
@@ -30,6 +37,10 @@ def test_names_and_labels_are_frozen(metrics: Metrics) -> None:
         "anytime_latency_seconds_count",
         "anytime_latency_over_budget_ratio_count",
         'anytime_inference_seconds_count{batch="",column=""}',
+        'anytime_run_over_predicted_ratio_count{column=""}',
+        "anytime_inference_saved_seconds_total",
+        "anytime_slowdown_ratio",
+        "anytime_reserve_seconds",
         "anytime_queue_length",
         'anytime_build_info{artifact="",artifact_sha256="",provider="",version=""}',
     }
@@ -42,20 +53,33 @@ def test_every_series_exists_from_the_start(metrics: Metrics) -> None:
     for stopped_by in STOPPED_BY:
         assert initial[f'anytime_answers_total{{column="2",stopped_by="{stopped_by}"}}'] == 0
     assert initial['anytime_inference_seconds_count{batch="4",column="2"}'] == 0
+    assert initial['anytime_run_over_predicted_ratio_count{column="2"}'] == 0
+    assert initial["anytime_inference_saved_seconds_total"] == 0
     assert initial["anytime_queue_length"] == 3
+
+
+def test_gauges_are_asked_at_each_scrape(metrics: Metrics) -> None:
+    assert series(metrics)["anytime_slowdown_ratio"] == 1.5
+    assert series(metrics)["anytime_reserve_seconds"] == 0.0004
 
 
 def test_recording_never_adds_a_series(metrics: Metrics) -> None:
     before = series(metrics).keys()
     metrics.count_request("rejected")
     metrics.count_answer(outcome="late", column="2", stopped_by="load", latency_s=0.003, budget_s=0.002)
-    metrics.observe_run("1", 3, 0.001)
+    metrics.observe_run("1", 3, 0.001, 1.3)
+    metrics.observe_saved(0.25)
+    metrics.observe_saved(0.5)
     after = series(metrics)
     assert after.keys() == before
     assert after['anytime_requests_total{outcome="rejected"}'] == 1
     assert after['anytime_requests_total{outcome="late"}'] == 1
     assert after['anytime_answers_total{column="2",stopped_by="load"}'] == 1
     assert after['anytime_inference_seconds_count{batch="4",column="1"}'] == 1
+    assert after['anytime_run_over_predicted_ratio_bucket{column="1",le="1.25"}'] == 0
+    assert after['anytime_run_over_predicted_ratio_bucket{column="1",le="1.5"}'] == 1
+    assert after['anytime_run_over_predicted_ratio_count{column="2"}'] == 0
+    assert after["anytime_inference_saved_seconds_total"] == 0.75
     assert after['anytime_latency_over_budget_ratio_bucket{le="1.1"}'] == 0
     assert after['anytime_latency_over_budget_ratio_bucket{le="1.5"}'] == 1
 

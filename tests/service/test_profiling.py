@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,8 +11,8 @@ import pytest
 from service import profiling
 from service.engine import InferenceThread
 from service.inference import Inference
+from service.latency import LatencyProfile
 from service.profiling import measure, recall_or_measure
-from service.scheduling import LatencyProfile
 from tests.fakes import FakeProcessor, run_in_virtual_time
 from tests.service import toy_artifact
 
@@ -21,9 +20,10 @@ SIZES = (1, 3)
 
 
 @pytest.fixture
-def thread() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(1) as thread:
-        yield thread
+def processor(inference: Inference) -> Iterator[InferenceThread]:
+    processor = InferenceThread(inference)
+    yield processor
+    processor.close()
 
 
 def as_dict(profile: LatencyProfile) -> dict[str, dict[int, tuple[float, float]]]:
@@ -66,8 +66,7 @@ def machine(inference: Inference, tmp_path: Path) -> Machine:
     return Machine(inference, tmp_path / "cache")
 
 
-def test_every_column_and_size_is_measured(inference: Inference, thread: ThreadPoolExecutor) -> None:
-    processor = InferenceThread(inference, thread)
+def test_every_column_and_size_is_measured(inference: Inference, processor: InferenceThread) -> None:
     profile = asyncio.run(measure(inference, processor, batch_sizes=SIZES, quantile=0.9, seconds=0.001))
     measured = as_dict(profile)
     assert measured.keys() == set(toy_artifact.COLUMNS)

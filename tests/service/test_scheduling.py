@@ -1,55 +1,88 @@
-"""The policy by example and by law, over random queues, profiles and ladders."""
+"""The policy that ships, by example and by law, over random queues, profiles, ladders and traffic."""
 
-from collections.abc import Mapping
-from itertools import combinations
+from collections.abc import Iterable, Sequence
+from itertools import product
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.scheduling import (
-    STOPPED_BY,
-    Ladder,
-    Latency,
-    LatencyProfile,
-    Ticket,
-    admit,
-    backlog_s,
-    plan,
-    stopped_by,
-)
+from service.ladder import ConfidenceTable, Ladder
+from service.latency import Latency, LatencyProfile
+from service.scheduling import STOPPED_BY, Admission, Anytime, Plan, backlog_s, stopped_by, to_come_s
+from service.waiting import NO_TRAFFIC, Queue, Ticket, Traffic
 from tests.fakes import ACCURACY
+from tests.service.strategies import (
+    COLUMNS,
+    GAIN,
+    LADDER,
+    MS,
+    NO_GAIN,
+    SUBSETS,
+    ladders,
+    profile_of,
+    profiles,
+    queues,
+    ticket,
+    traffics,
+)
 
-LADDER = Ladder(("1", "2", "3"), ACCURACY)
+TABULATED = Ladder(
+    ("1", "2", "3"),
+    ACCURACY,
+    [
+        ConfidenceTable(
+            columns=("1",),
+            edges=(0.0, 0.8, 1.0),
+            n=(1000, 9000),
+            accuracy={
+                ("1",): (0.40, 0.98),
+                ("1", "2"): (0.60, 0.98),
+                ("1", "3"): (0.70, 0.98),
+                ("1", "2", "3"): (0.75, 0.98),
+            },
+        )
+    ],
+)
+"""Sure answers of column 1 have nothing to gain."""
+
+UP_TO_TWO = Ladder(
+    ("1", "2"),
+    {("1",): 0.8, ("2",): 0.85, ("1", "2"): 0.87},
+    [
+        ConfidenceTable(
+            columns=("1",),
+            edges=(0.0, 0.8, 1.0),
+            n=(1000, 9000),
+            accuracy={("1",): (0.40, 0.98), ("1", "2"): (0.60, 0.98)},
+        )
+    ],
+)
 
 
-def profile_of(
-    singles_ms: Mapping[str, float],
-    *,
-    per_image: float = 1.0,
-    high: float = 1.0,
-    sizes: tuple[int, ...] = (1, 2, 4),
-) -> LatencyProfile:
-    """Each further image of a batch costs `per_image` of the first; the high quantile is `high` medians."""
-    return LatencyProfile(
-        {
-            column: {
-                n: Latency(median, median * high)
-                for n in sizes
-                for median in [ms / 1e3 * (1 + per_image * (n - 1))]
-            }
-            for column, ms in singles_ms.items()
-        }
-    )
+def plan(
+    waiting: Iterable[Ticket],
+    now_s: float,
+    profile: LatencyProfile,
+    ladder: Ladder,
+    traffic: Traffic = NO_TRAFFIC,
+    answer_worth: float = 4.0,
+) -> Plan[Ticket]:
+    return Anytime(answer_worth).plan(Queue(ladder, waiting), now_s, profile, ladder, traffic)
 
 
-MS = {"1": 1.0, "2": 3.0, "3": 8.0}
-NO_GAIN = profile_of(MS)
-GAIN = profile_of(MS, per_image=0.1)
-
-
-def ticket(ready_by_ms: float, *columns_run: str, **fields: float) -> Ticket:
-    return Ticket(ready_by_ms / 1e3, columns_run=columns_run, **fields)
+def admit(
+    ready_by_s: float,
+    now_s: float,
+    busy_until_s: float,
+    waiting: Iterable[Ticket],
+    profile: LatencyProfile,
+    ladder: Ladder,
+    traffic: Traffic = NO_TRAFFIC,
+) -> Admission:
+    queue = Queue(ladder, waiting)
+    return Anytime().admit(ready_by_s, now_s, busy_until_s, queue, profile, ladder, traffic)
 
 
 def test_nothing_waits_nothing_runs() -> None:
@@ -111,10 +144,185 @@ def test_refines_towards_the_most_accurate_combination_that_fits() -> None:
 
 
 def test_tickets_that_want_the_same_column_share_a_refinement() -> None:
-    first, other, second = ticket(9.0, "1"), ticket(9.5, "1", "2"), ticket(50.0, "1")
-    third = ticket(13.0, "1", "2")
-    decided = plan([first, other, second, third], 0.0, GAIN, LADDER)
-    assert (decided.column, decided.batch) == ("3", (first, other))
+    one, other, third = ticket(50.0, "2"), ticket(20.0, "1", "2"), ticket(8.5, "1", "2")
+    decided = plan([one, other, third], 0.0, GAIN, LADDER)
+    assert (decided.column, set(decided.batch)) == ("3", {one, other})  # the third has only time for itself
+
+
+def test_one_who_is_unsure_is_refined_before_one_who_is_sure() -> None:
+    sure, unsure, later = (ticket(t, "1", confidence=c) for t, c in ((45, 0.95), (50, 0.4), (60, 0.4)))
+    decided = plan([sure, unsure, later], 0.0, NO_GAIN, TABULATED)
+    assert (decided.column, decided.batch) == ("2", (unsure,))
+    assert plan([sure, unsure, later], 0.0, GAIN, TABULATED).batch == (unsure, later)
+
+
+def test_the_run_with_the_most_gain_for_its_time_wins() -> None:
+    """From 1 to 2: 0.07 in 3 ms; from 2 to 3: 0.05 in 8 ms. With a column 2 of 12 ms it is the other way."""
+    near, far = ticket(50, "1"), ticket(40, "2")
+    assert plan([near, far], 0.0, NO_GAIN, LADDER).batch == (near,)
+    slow = profile_of({"1": 1.0, "2": 12.0, "3": 13.0})
+    skipping = Ladder(("1", "2", "3"), {**ACCURACY, ("2", "3"): 0.99})
+    assert plan([near, far], 0.0, slow, skipping).batch == (far,)
+
+
+def test_more_gain_in_a_batch_may_win_over_more_gain_for_one() -> None:
+    alone, together = ticket(50, "2", confidence=0.2), [ticket(40 + i, "1") for i in range(4)]
+    ladder = Ladder(("1", "2", "3"), {**ACCURACY, ("2", "3"): 0.99, ("1", "3"): 0.81})
+    assert plan([alone, together[0]], 0.0, profile_of({**MS, "3": 5.0}), ladder).batch == (alone,)
+    decided = plan([alone, *together], 0.0, profile_of({**MS, "3": 5.0}, per_image=0.1), ladder)
+    assert (decided.column, decided.batch) == ("2", tuple(together))
+
+
+def test_rungs_are_skipped_where_that_pays() -> None:
+    """Column 2 gains next to nothing here, so two requests go from 1 straight to 3."""
+    steep = Ladder(("1", "2", "3"), {**ACCURACY, ("2",): 0.805, ("1", "2"): 0.805})
+    waiting = [ticket(50, "1"), ticket(60, "1")]
+    assert plan(waiting, 0.0, NO_GAIN, steep).column == "3"
+    assert plan(waiting, 0.0, NO_GAIN, LADDER).column == "2"
+
+
+def test_a_way_that_no_longer_fits_as_a_whole_is_not_begun() -> None:
+    """Column 2 is worth something only on the way to column 3, and there is no time for both."""
+    bridge = Ladder(
+        ("1", "2", "3"),
+        {("1",): 0.80, ("2",): 0.70, ("3",): 0.70, ("1", "2"): 0.80, ("1", "2", "3"): 0.95, ("1", "3"): 0.7},
+    )
+    waiting = [ticket(10.9, "1"), ticket(10.8, "1")]
+    assert plan(waiting, 0.0, NO_GAIN, bridge).column is None
+    assert plan([*waiting, ticket(11.1, "1")], 0.0, NO_GAIN, bridge).column == "2"
+
+
+def test_one_alone_goes_on_even_when_sure() -> None:
+    decided = plan([ticket(50, "1", confidence=0.999)], 0.0, NO_GAIN, TABULATED)
+    assert (decided.column, decided.finished) == ("2", ())
+
+
+def test_one_whose_turn_would_come_too_late_is_sent_its_answer_now() -> None:
+    """Those with more to gain come first, 3 ms each, or twice that if half the time goes to first answers."""
+    unsure = [ticket(50, "1", confidence=0.2) for _ in range(3)]
+    early, late = ticket(11.9, "1", confidence=0.9), ticket(12.1, "1", confidence=0.9)
+    decided = plan([*unsure, early, late], 0.0, profile_of({"1": 1.0, "2": 3.0}), UP_TO_TWO)
+    assert decided.column == "2"
+    assert decided.finished == ((early, "load"),)
+    half = Traffic(500.0, (1.0,))
+    assert len(plan([*unsure, late], 0.0, profile_of({"1": 1.0, "2": 3.0}), UP_TO_TWO).finished) == 0
+    assert len(plan([*unsure, late], 0.0, profile_of({"1": 1.0, "2": 3.0}), UP_TO_TWO, half).finished) == 1
+
+
+# ---- what is to be expected ----
+
+SHORT = Traffic(200.0, (0.003, 0.004, 0.005))
+"""Two hundred a second that a run of 8 ms would cost their answer."""
+
+
+def test_a_long_refinement_is_not_run_where_it_would_cost_those_who_come_their_answer() -> None:
+    waiting = [ticket(50, "1", "2"), ticket(60, "1", "2")]
+    assert plan(waiting, 0.0, NO_GAIN, LADDER).column == "3"
+    blocked = plan(waiting, 0.0, NO_GAIN, LADDER, SHORT)
+    assert (blocked.column, set(blocked.finished)) == (None, {(one, "load") for one in waiting})
+    assert plan(waiting, 0.0, NO_GAIN, LADDER, SHORT, answer_worth=0.0).column == "3"
+    assert plan(waiting, 0.0, NO_GAIN, LADDER, Traffic(200.0, (0.1,))).column == "3"
+    assert plan(waiting, 0.0, NO_GAIN, LADDER, Traffic(0.5, SHORT.slacks_s)).column == "3"
+
+
+def test_one_alone_is_weighed_against_those_who_come_too() -> None:
+    alone = ticket(50, "1", "2")
+    blocked = plan([alone], 0.0, NO_GAIN, LADDER, SHORT)
+    assert (blocked.column, blocked.finished) == (None, ((alone, "load"),))
+    assert plan([alone], 0.0, NO_GAIN, LADDER, SHORT, answer_worth=0.0).column == "3"
+    assert plan([ticket(8.5)], 0.0, NO_GAIN, LADDER).column == "3"
+    assert plan([ticket(8.5)], 0.0, NO_GAIN, LADDER, SHORT).column == "1"
+
+
+FLOOD = Traffic(10_000.0, (0.05,))
+"""Many more than could be served even in the best batches of GAIN, four in 1.3 ms."""
+
+
+def test_in_overload_one_without_time_for_the_best_batch_gives_way() -> None:
+    hurried, relaxed = ticket(1.05), [ticket(20 + i) for i in range(4)]
+    assert plan([hurried, *relaxed], 0.0, GAIN, LADDER).batch == (hurried,)
+    assert plan([hurried, *relaxed], 0.0, GAIN, LADDER, Traffic(2000.0, (0.05,))).batch == (hurried,)
+    assert plan([hurried, *relaxed], 0.0, GAIN, LADDER, FLOOD).batch == tuple(relaxed)
+
+
+def test_in_overload_one_without_time_is_served_all_the_same_if_nobody_has_more() -> None:
+    hurried, other = ticket(1.02), ticket(1.05)
+    assert plan([hurried, other], 0.0, GAIN, LADDER, FLOOD).batch == (hurried,)
+    assert plan([hurried], 0.0, GAIN, LADDER, FLOOD).batch == (hurried,)
+
+
+def test_where_batches_do_not_pay_overload_changes_nothing() -> None:
+    hurried, relaxed = ticket(1.2), [ticket(20 + i) for i in range(4)]
+    assert plan([hurried, *relaxed], 0.0, NO_GAIN, LADDER, FLOOD).batch == (hurried,)
+    assert admit(0.0012, 0.0, 0.0, [], NO_GAIN, LADDER, FLOOD).is_accepted
+
+
+def test_in_overload_nobody_is_admitted_who_has_no_time_for_the_best_batch() -> None:
+    assert admit(0.0012, 0.0, 0.0, [], GAIN, LADDER).is_accepted
+    assert not admit(0.0012, 0.0, 0.0, [], GAIN, LADDER, FLOOD).is_accepted
+    assert admit(0.0015, 0.0, 0.0, [], GAIN, LADDER, FLOOD).is_accepted
+
+
+# Column 1 takes hardly longer for four than for one; a refinement lasts while two more arrive.
+STEADY = Traffic(1000.0, (0.05,))
+
+
+def test_a_batch_fills_during_a_refinement_where_batching_pays() -> None:
+    fresh, answered = ticket(40), ticket(50, "1")
+    decided = plan([fresh, answered], 0.0, GAIN, LADDER, STEADY)
+    assert (decided.column, decided.batch) == ("2", (answered,))
+    assert plan([fresh, answered], 0.0, GAIN, LADDER).batch == (fresh,)  # nobody will come
+    assert plan([fresh, answered], 0.0, NO_GAIN, LADDER, STEADY).batch == (fresh,)  # does not pay
+
+
+def test_a_batch_fills_only_where_the_batch_that_it_becomes_pays() -> None:
+    """Two together cost little more than one, but four cost as much as twice two."""
+    stepped = LatencyProfile(
+        {
+            "1": {1: Latency(0.001, 0.001), 2: Latency(0.0011, 0.0011), 4: Latency(0.0022, 0.0022)},
+            **{
+                column: {n: Latency(ms / 1e3, ms / 1e3) for n in (1, 2, 4)}
+                for column, ms in (("2", 3), ("3", 8))
+            },
+        }
+    )
+    fresh, answered = [ticket(40), ticket(41)], ticket(50, "1")
+    assert plan([fresh[0], answered], 0.0, stepped, LADDER, Traffic(400.0, (0.05,))).column == "2"
+    assert plan([*fresh, answered], 0.0, stepped, LADDER, Traffic(700.0, (0.05,))).column == "1"
+    assert plan([*fresh, answered], 0.0, GAIN, LADDER, Traffic(700.0, (0.05,))).column == "2"
+
+
+def test_a_batch_does_not_fill_at_the_cost_of_anybodys_answer() -> None:
+    answered = ticket(50, "1")
+    assert plan([ticket(4.2), answered], 0.0, GAIN, LADDER, STEADY).column == "2"
+    assert plan([ticket(3.8), answered], 0.0, GAIN, LADDER, STEADY).column == "1"
+    erratic = profile_of(MS, per_image=0.1, high=1.5)  # the refinement may take 4.5 ms, column 1 then 1.5
+    assert plan([ticket(5.5), answered], 0.0, erratic, LADDER, STEADY).column == "1"
+    assert plan([ticket(6.5), answered], 0.0, erratic, LADDER, STEADY).column == "2"
+
+
+def test_in_overload_no_batch_fills() -> None:
+    """One who has time for column 1 after the refinement would not have time for the best batch."""
+    waiting = [ticket(4.1), ticket(40), ticket(50, "1")]
+    assert plan(waiting, 0.0, GAIN, LADDER, STEADY).column == "2"
+    assert plan(waiting, 0.0, GAIN, LADDER, FLOOD).column == "1"
+
+
+def test_a_full_batch_does_not_wait() -> None:
+    waiting = [ticket(40 + i) for i in range(4)]
+    assert plan([*waiting, ticket(50, "1")], 0.0, GAIN, LADDER, STEADY).batch == tuple(waiting)
+
+
+# ---- done ----
+
+
+def test_what_is_to_come_is_the_most_accurate_way_that_fits() -> None:
+    assert to_come_s(ticket(50), 0.0, NO_GAIN, LADDER) == pytest.approx(0.012)
+    assert to_come_s(ticket(50, "1"), 0.0, NO_GAIN, LADDER) == pytest.approx(0.011)
+    assert to_come_s(ticket(8.5, "1"), 0.0, NO_GAIN, LADDER) == pytest.approx(0.008)
+    assert to_come_s(ticket(2, "1"), 0.0, NO_GAIN, LADDER) == 0
+    assert to_come_s(ticket(50, "1", "2", "3"), 0.0, NO_GAIN, LADDER) == 0
+    assert to_come_s(ticket(50, "1", confidence=0.9, min_confidence=0.9), 0.0, NO_GAIN, LADDER) == 0
 
 
 @pytest.mark.parametrize(
@@ -142,6 +350,18 @@ def test_an_unmeasured_combination_is_worth_its_deepest_column() -> None:
     assert LADDER.accuracy(("2", "3")) == ACCURACY["3",]
 
 
+def plan_column_1(
+    waiting: Iterable[Ticket],
+    now_s: float,
+    profile: LatencyProfile,
+    ladder: Ladder = LADDER,
+    traffic: Traffic = NO_TRAFFIC,
+) -> tuple[Ticket, ...]:
+    """Whom the policy would give column 1 next, were there nothing else to do."""
+    decided = plan(waiting, now_s, profile, ladder, traffic)
+    return decided.batch if decided.column is not None else ()
+
+
 class TestAdmission:
     def test_an_idle_server_takes_what_column_1_can_serve(self) -> None:
         assert admit(1.001, 1.0, 0.0, [], NO_GAIN, LADDER).is_accepted
@@ -156,9 +376,9 @@ class TestAdmission:
         assert refused.needs_s == pytest.approx(0.0055)
 
     def test_only_earlier_deadlines_without_an_answer_come_first(self) -> None:
-        ahead, behind, answered = ticket(4), ticket(40), ticket(3, "1")
-        assert admit(0.005, 0.0, 0.0, [ahead] * 4 + [behind, answered], NO_GAIN, LADDER).is_accepted
-        assert not admit(0.005, 0.0, 0.0, [ahead] * 4 + [ticket(5)], NO_GAIN, LADDER).is_accepted
+        ahead, behind, answered = [ticket(4) for _ in range(4)], ticket(40), ticket(3, "1")
+        assert admit(0.005, 0.0, 0.0, [*ahead, behind, answered], NO_GAIN, LADDER).is_accepted
+        assert not admit(0.005, 0.0, 0.0, [*ahead, ticket(5)], NO_GAIN, LADDER).is_accepted
 
     def test_nobody_admitted_before_loses_their_answer(self) -> None:
         promised = [ticket(1.9)]
@@ -171,10 +391,30 @@ class TestAdmission:
         assert not admit(0.0035, 0.0, 0.0, ahead, GAIN, LADDER).is_accepted
         assert admit(0.0041, 0.0, 0.0, ahead, GAIN, LADDER).is_accepted
 
-    def test_those_ahead_count_with_the_high_quantile(self) -> None:
+    def test_what_several_runs_may_take_longer_adds_up_like_independent_errors(self) -> None:
         erratic = profile_of(MS, high=2.0)
-        assert not admit(0.0039, 0.0, 0.0, [ticket(2.5)], erratic, LADDER).is_accepted
-        assert admit(0.0040, 0.0, 0.0, [ticket(2.5)], erratic, LADDER).is_accepted
+        assert not admit(0.00341, 0.0, 0.0, [ticket(2.5)], erratic, LADDER).is_accepted
+        assert admit(0.00342, 0.0, 0.0, [ticket(2.5)], erratic, LADDER).is_accepted
+
+    def test_it_holds_for_as_many_as_the_high_quantile_says(self) -> None:
+        """Ninety-five in a hundred, with every run at random around its median, however many wait."""
+        random = np.random.default_rng(6)
+        high = float(np.exp(1.6449 * 0.15))
+        profile = profile_of(MS, per_image=0.3, high=high)
+        n_promised = n_kept = 0
+        for _ in range(200):
+            waiting: list[Ticket] = []
+            for by_s in random.uniform(0.001, 0.02, 40):
+                if admit(float(by_s), 0.0, 0.0, waiting, profile, LADDER).is_accepted:
+                    waiting.append(Ticket(float(by_s)))
+            n_promised += len(waiting)
+            now_s = 0.0
+            while waiting and (decided := plan_column_1(waiting, now_s, profile)):
+                now_s += profile.latency("1", len(decided)).median_s * random.lognormal(0.0, 0.15)
+                n_kept += sum(now_s <= member.ready_by_s for member in decided)
+                waiting = [one for one in waiting if one not in decided]
+        assert n_promised > 2000
+        assert n_kept / n_promised > 0.94
 
     def test_one_who_is_late_anyway_keeps_nobody_out(self) -> None:
         hopeless, late = ticket(0.5), ticket(1.5)
@@ -183,72 +423,20 @@ class TestAdmission:
         assert admit(0.0020, 0.0, 0.0, [hopeless, ticket(2.5)], profile_of(MS), LADDER).is_accepted
 
     def test_the_backlog_is_the_run_in_progress_and_column_1_for_everyone(self) -> None:
-        assert backlog_s(0.0, 0.0, [], NO_GAIN, LADDER) == 0
-        assert backlog_s(0.0, 0.002, [ticket(90, "1")], NO_GAIN, LADDER) == pytest.approx(0.002)
-        assert backlog_s(0.0, 0.002, [ticket(90)] * 10, NO_GAIN, LADDER) == pytest.approx(0.012)
-
-
-class TestProfile:
-    def test_a_batch_counts_as_the_next_measured_size(self) -> None:
-        assert NO_GAIN.latency("1", 3) == NO_GAIN.latency("1", 4)
-
-    def test_a_batch_larger_than_measured_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="at most 4"):
-            NO_GAIN.latency("1", 5)
-
-    def test_columns_must_be_measured_alike(self) -> None:
-        with pytest.raises(ValueError, match="same batch sizes"):
-            LatencyProfile({"1": {1: Latency(1, 1)}, "2": {1: Latency(1, 1), 2: Latency(1, 1)}})
-
-    def test_likely_is_a_little_more_than_the_median_but_never_more_than_high(self) -> None:
-        assert Latency(1.0, 5.0).likely_s == pytest.approx(1.1)
-        assert Latency(1.0, 1.01).likely_s == pytest.approx(1.01)
-
-
-def test_each_column_needs_an_accuracy_of_its_own() -> None:
-    with pytest.raises(ValueError, match="column 2"):
-        Ladder(("1", "2"), {("1",): 0.5})
+        answered, ten = Queue(LADDER, [ticket(90, "1")]), Queue(LADDER, [ticket(90) for _ in range(10)])
+        assert backlog_s(0.0, 0.0, Queue[Ticket](LADDER), NO_GAIN, LADDER) == 0
+        assert backlog_s(0.0, 0.002, answered, NO_GAIN, LADDER) == pytest.approx(0.002)
+        assert backlog_s(0.0, 0.002, ten, NO_GAIN, LADDER) == pytest.approx(0.012)
 
 
 # ---- laws ----
 
-COLUMNS = ("1", "2", "3", "4")
-SUBSETS = [run for size in range(1, 5) for run in combinations(COLUMNS, size)]
 
-
-@st.composite
-def profiles(draw: st.DrawFn) -> LatencyProfile:
-    """Deeper columns are slower, larger batches are no faster; any gain, any spread."""
-    costs = sorted(draw(st.lists(st.floats(0.1, 20.0), min_size=4, max_size=4)))
-    return profile_of(
-        dict(zip(COLUMNS, costs, strict=True)),
-        per_image=draw(st.floats(0, 1.2)),
-        high=draw(st.floats(1, 3)),
-        sizes=draw(st.sampled_from([(1,), (1, 2, 4), (1, 8)])),
-    )
-
-
-@st.composite
-def ladders(draw: st.DrawFn) -> Ladder:
-    singles = {(column,) for column in COLUMNS}
-    measured = singles | draw(st.sets(st.sampled_from(SUBSETS)))
-    return Ladder(COLUMNS, {run: draw(st.floats(0.1, 1.0)) for run in sorted(measured)})
-
-
-tickets = st.builds(
-    Ticket,
-    ready_by_s=st.floats(-0.01, 0.1),
-    min_confidence=st.none() | st.floats(0, 1),
-    columns_run=st.just(()) | st.sampled_from(SUBSETS),
-    confidence=st.floats(0, 1),
-    lost_s=st.just(0.0) | st.floats(0, 0.02),
-)
-queues = st.lists(tickets, max_size=12)
-
-
-@given(queues, profiles(), ladders())
-def test_law_a_plan_is_well_formed(waiting: list[Ticket], profile: LatencyProfile, ladder: Ladder) -> None:
-    decided = plan(waiting, 0.0, profile, ladder)
+@given(queues, profiles(), ladders(), traffics)
+def test_law_a_plan_is_well_formed(
+    waiting: list[Ticket], profile: LatencyProfile, ladder: Ladder, traffic: Traffic
+) -> None:
+    decided = plan(waiting, 0.0, profile, ladder, traffic)
     assert (decided.column is None) == (not decided.batch)
     involved = [*decided.batch, *(finished for finished, _ in decided.finished)]
     assert len(set(involved)) == len(involved)
@@ -257,49 +445,161 @@ def test_law_a_plan_is_well_formed(waiting: list[Ticket], profile: LatencyProfil
     assert all(finished.columns_run for finished, _ in decided.finished)
 
 
-@given(queues, profiles(), ladders())
+@given(queues, profiles(), ladders(), traffics)
 def test_law_everyone_in_a_batch_is_predicted_in_time(
-    waiting: list[Ticket], profile: LatencyProfile, ladder: Ladder
+    waiting: list[Ticket], profile: LatencyProfile, ladder: Ladder, traffic: Traffic
 ) -> None:
-    decided = plan(waiting, 0.0, profile, ladder)
+    """A first answer with the high quantile; a better one, which costs no deadline, with the likely time."""
+    decided = plan(waiting, 0.0, profile, ladder, traffic)
     if decided.column is not None:
         latency = profile.latency(decided.column, len(decided.batch))
         assert all(latency.median_s <= member.ready_by_s for member in decided.batch)
         if len(decided.batch) > 1:
-            assert all(latency.high_s <= member.ready_by_s for member in decided.batch)
+            for member in decided.batch:
+                assert (latency.likely_s if member.columns_run else latency.high_s) <= member.ready_by_s
             assert latency.median_s / len(decided.batch) < profile.latency(decided.column, 1).median_s
 
 
-@given(queues, profiles(), ladders())
-def test_law_nobody_is_refined_while_another_could_have_column_1(
-    waiting: list[Ticket], profile: LatencyProfile, ladder: Ladder
+@given(queues, profiles(), ladders(), traffics)
+def test_law_column_1_goes_to_the_earliest_deadline_and_nobody_opens_deeper_but_one_who_is_alone(
+    waiting: list[Ticket], profile: LatencyProfile, ladder: Ladder, traffic: Traffic
 ) -> None:
-    decided = plan(waiting, 0.0, profile, ladder)
-    column_1_s = profile.latency("1", 1).median_s
-    claimants = [w for w in waiting if not w.columns_run and w.ready_by_s >= column_1_s]
-    if claimants:
-        assert all(not member.columns_run for member in decided.batch)
-        assert min(claimants, key=lambda w: w.ready_by_s).ready_by_s == decided.batch[0].ready_by_s
+    decided = plan(waiting, 0.0, profile, ladder, traffic)
+    openers = [member for member in decided.batch if not member.columns_run]
+    if openers:
+        assert openers == list(decided.batch)
+        claimants = sorted(
+            (w for w in waiting if not w.columns_run and w.ready_by_s >= profile.latency("1", 1).median_s),
+            key=lambda w: w.ready_by_s,
+        )
+        begin = claimants.index(openers[0])
+        assert claimants[begin : begin + len(openers)] == openers
+        if traffic == NO_TRAFFIC:
+            assert openers[0].ready_by_s == claimants[0].ready_by_s
         if decided.column != "1":
-            assert claimants == list(decided.batch)
+            assert waiting == openers
 
 
-@given(queues, profiles(), ladders())
-def test_law_a_run_adds_a_deeper_column(
-    waiting: list[Ticket], profile: LatencyProfile, ladder: Ladder
+def can_all_have_column_1(by_s: Sequence[float], start_s: float, profile: LatencyProfile) -> bool:
+    """Whether there is any way to cut the queue, earliest deadline first, into batches in time for everybody.
+
+    Runs take their medians one after the other, and longer like independent errors: tried with all ways.
+    """
+    deadlines_s = sorted(by_s)
+    for cuts in product((True, False), repeat=len(deadlines_s) - 1):
+        ends = [*(i for i, is_cut in enumerate(cuts, 1) if is_cut), len(deadlines_s)]
+        now_s, variance_s2, begin, is_in_time = start_s, 0.0, 0, True
+        for end in ends:
+            if end - begin > profile.batch_sizes[-1]:
+                is_in_time = False
+                break
+            latency = profile.latency("1", end - begin)
+            now_s += latency.median_s
+            variance_s2 += (latency.high_s - latency.median_s) ** 2
+            is_in_time = is_in_time and now_s + variance_s2**0.5 <= deadlines_s[begin] + 1e-12
+            begin = end
+        if is_in_time:
+            return True
+    return False
+
+
+@given(queues, profiles(per_image=st.just(1.0), sizes=st.just((1, 2, 4))), ladders(), traffics)
+def test_law_where_batches_save_nothing_nobody_is_refined_while_another_could_have_column_1(
+    waiting: list[Ticket], profile: LatencyProfile, ladder: Ladder, traffic: Traffic
 ) -> None:
-    decided = plan(waiting, 0.0, profile, ladder)
+    decided = plan(waiting, 0.0, profile, ladder, traffic)
+    column_1_s = profile.latency("1", 1).median_s
+    if any(not w.columns_run and w.ready_by_s >= column_1_s for w in waiting):
+        assert decided.batch
+        assert all(not member.columns_run for member in decided.batch)
+
+
+paying = profiles(per_image=st.floats(0, 0.4), sizes=st.sampled_from([(1, 2, 4), (1, 8), (1, 2, 4, 8, 16)]))
+busy = st.builds(
+    Traffic,
+    rate_hz=st.floats(50, 5000),
+    slacks_s=st.lists(st.floats(0.02, 0.3), min_size=1, max_size=4).map(lambda s: tuple(sorted(s))),
+)
+fresh = st.builds(Ticket, ready_by_s=st.floats(0.0, 0.15))
+refinable = st.builds(
+    Ticket,
+    ready_by_s=st.floats(0.0, 0.2),
+    columns_run=st.sampled_from([("1",), ("1", "2"), ("2",)]),
+    confidence=st.floats(0, 1),
+)
+mixed = st.tuples(st.lists(fresh, min_size=1, max_size=6), st.lists(refinable, min_size=1, max_size=6)).map(
+    lambda two: [*two[0], *two[1]]
+)
+mixed_cases = st.tuples(mixed, paying, busy) | st.tuples(queues, profiles(), traffics)
+
+
+@given(mixed_cases, ladders())
+def test_law_nobody_is_refined_while_another_would_thereby_miss_column_1(
+    case: tuple[list[Ticket], LatencyProfile, Traffic], ladder: Ladder
+) -> None:
+    """Whoever could have column 1 now can have it after the refinement, too.
+
+    Even if that takes its high quantile; and it is put before them only where batching pays.
+    """
+    waiting, profile, traffic = case
+    decided = plan(waiting, 0.0, profile, ladder, traffic)
+    column_1_s = profile.latency("1", 1).median_s
+    claimants = [w.ready_by_s for w in waiting if not w.columns_run and w.ready_by_s >= column_1_s]
+    if claimants and any(member.columns_run for member in decided.batch):
+        assert decided.column is not None
+        run_s = profile.latency(decided.column, len(decided.batch)).high_s
+        assert can_all_have_column_1(claimants, run_s, profile)
+        n = len(claimants)
+
+        def median_s(n_images: int) -> float:
+            return profile.latency("1", n_images).median_s
+
+        assert any(
+            median_s(n) + median_s(more) >= 1.3 * median_s(n + more)
+            for more in range(1, profile.batch_sizes[-1] - n + 1)
+        )
+
+
+@given(mixed_cases, ladders())
+def test_law_whoever_would_have_column_1_without_a_refinement_has_it_with_one(
+    case: tuple[list[Ticket], LatencyProfile, Traffic], ladder: Ladder
+) -> None:
+    """Played on as the policy itself would go on, if nobody else came and runs took their medians."""
+    waiting, profile, traffic = case
+    decided = plan(waiting, 0.0, profile, ladder, traffic)
+    unanswered = [w for w in waiting if not w.columns_run]
+    if not unanswered or not decided.batch or not decided.batch[0].columns_run:
+        return
+    assert decided.column is not None
+    run_s = profile.latency(decided.column, len(decided.batch)).high_s
+
+    def in_time(now_s: float) -> set[Ticket]:
+        left, answered = list(unanswered), set[Ticket]()
+        while batch := plan_column_1(left, now_s, profile, ladder, traffic):
+            now_s += profile.latency("1", len(batch)).median_s
+            answered |= {member for member in batch if now_s <= member.ready_by_s}
+            left = [w for w in left if w not in batch]
+        return answered
+
+    assert in_time(run_s) >= in_time(0.0)
+
+
+@given(queues, profiles(), ladders(), traffics)
+def test_law_a_run_adds_a_deeper_column(
+    waiting: list[Ticket], profile: LatencyProfile, ladder: Ladder, traffic: Traffic
+) -> None:
+    decided = plan(waiting, 0.0, profile, ladder, traffic)
     for member in decided.batch:
         assert decided.column is not None
         assert all(COLUMNS.index(run) < COLUMNS.index(decided.column) for run in member.columns_run)
 
 
-@given(queues, profiles(), ladders())
+@given(queues, profiles(), ladders(), traffics)
 def test_law_nobody_with_an_answer_is_left_without_hope_or_reason(
-    waiting: list[Ticket], profile: LatencyProfile, ladder: Ladder
+    waiting: list[Ticket], profile: LatencyProfile, ladder: Ladder, traffic: Traffic
 ) -> None:
-    """Every answered ticket is finished, or something more accurate still fits its slack."""
-    decided = plan(waiting, 0.0, profile, ladder)
+    """Every answered ticket is finished or run, or something more accurate still fits its slack."""
+    decided = plan(waiting, 0.0, profile, ladder, traffic)
     finished = {done for done, _ in decided.finished}
     for left in set(waiting) - finished:
         if left.columns_run:
@@ -310,15 +610,15 @@ def test_law_nobody_with_an_answer_is_left_without_hope_or_reason(
 
 
 @given(queues, profiles(), ladders())
-def test_law_load_is_blamed_only_on_lost_time(
+def test_law_load_is_blamed_only_on_lost_time_or_on_others_whose_turn_is_first(
     waiting: list[Ticket], profile: LatencyProfile, ladder: Ladder
 ) -> None:
     for finished, reason in plan(waiting, 0.0, profile, ladder).finished:
-        assert reason != "load" or finished.lost_s > 0
+        assert reason != "load" or finished.lost_s > 0 or len(waiting) > 1
         assert reason == stopped_by(finished, 0.0, profile, ladder)
 
 
-@given(st.floats(0, 0.1), profiles(), ladders())
+@given(st.floats(0, 0.1), profiles(), ladders(with_tables=False))
 def test_law_a_request_alone_leaves_no_accuracy_on_the_table(
     slack_s: float, profile: LatencyProfile, ladder: Ladder
 ) -> None:
@@ -333,28 +633,97 @@ def test_law_a_request_alone_leaves_no_accuracy_on_the_table(
         assert ladder.accuracy(alone.columns_run) >= ladder.accuracy((column,))
 
 
+@given(
+    st.floats(0, 0.1),
+    st.just(()) | st.sampled_from(SUBSETS),
+    st.floats(0, 1),
+    profiles(),
+    ladders(),
+)
+def test_law_a_request_alone_goes_on_as_long_as_anything_fits_however_sure(
+    slack_s: float,
+    columns_run: tuple[str, ...],
+    confidence: float,
+    profile: LatencyProfile,
+    ladder: Ladder,
+) -> None:
+    """And by the way that gains most for an answer as sure as the one in hand."""
+    alone = Ticket(slack_s, columns_run=columns_run, confidence=confidence)
+    decided = plan([alone], 0.0, profile, ladder)
+
+    def cost_s(added: tuple[str, ...]) -> float:
+        first, *rest = (profile.latency(column, 1) for column in added)
+        return (first.likely_s if columns_run else first.high_s) + sum(later.likely_s for later in rest)
+
+    ways = ladder.improvements(columns_run, ladder.row(columns_run, confidence))
+    fitting = {way.added[0]: way.gain for way in reversed(ways) if cost_s(way.added) <= slack_s}
+    for way in ways:
+        if cost_s(way.added) <= slack_s:
+            fitting[way.added[0]] = max(fitting[way.added[0]], way.gain)
+    if fitting:
+        assert decided.column is not None
+        assert fitting[decided.column] == max(fitting.values())
+    elif columns_run:
+        assert decided.column is None
+
+
 @given(queues, profiles(), ladders())
 def test_law_the_order_of_the_queue_does_not_matter(
     waiting: list[Ticket], profile: LatencyProfile, ladder: Ladder
 ) -> None:
     distinct = list({w.ready_by_s: w for w in waiting}.values())
-    assert plan(distinct, 0.0, profile, ladder) == plan(distinct[::-1], 0.0, profile, ladder)
+    one, other = plan(distinct, 0.0, profile, ladder), plan(distinct[::-1], 0.0, profile, ladder)
+    assert one.column == other.column
+    assert set(one.batch) == set(other.batch)
+    assert set(one.finished) == set(other.finished)
 
 
-@given(st.lists(st.floats(0, 0.1), max_size=12), profiles(), ladders())
-def test_law_whoever_is_admitted_has_an_answer_in_time_if_no_run_exceeds_its_high_quantile(
+deadlines = st.lists(st.floats(0, 0.1), max_size=12)
+
+
+@given(deadlines, profiles(), ladders())
+def test_law_whoever_is_admitted_has_an_answer_in_time_if_every_run_takes_its_median(
     ready_by_s: list[float], profile: LatencyProfile, ladder: Ladder
 ) -> None:
-    """Everyone comes at once; whoever is let in is then played through `plan`."""
+    """Everyone comes at once; whoever is let in is then played through `plan`.
+
+    What runs take longer is allowed for, but not that all of them take their high quantile.
+    """
     waiting: list[Ticket] = []
     for by_s in ready_by_s:
         if admit(by_s, 0.0, 0.0, waiting, profile, ladder).is_accepted:
             waiting.append(Ticket(by_s))
     now_s = 0.0
-    while unanswered := [w for w in waiting if not w.columns_run]:
-        decided = plan(unanswered, now_s, profile, ladder)
-        assert decided.column is not None
-        now_s += profile.latency(decided.column, len(decided.batch)).high_s
+    while waiting:
+        # Two at least, or the last would open deeper; the other has no time for anything.
+        decided = plan([*waiting, Ticket(-1.0)], now_s, profile, ladder)
+        assert decided.column == "1"
+        now_s += profile.latency(decided.column, len(decided.batch)).median_s
         for member in decided.batch:
             assert now_s <= member.ready_by_s
-            member.columns_run = (decided.column,)
+        waiting = [one for one in waiting if one not in decided.batch]
+
+
+@given(st.floats(0, 0.1), profiles(), ladders(), traffics)
+def test_law_one_admitted_to_an_idle_server_has_an_answer_in_time_if_its_run_takes_its_high_quantile(
+    by_s: float, profile: LatencyProfile, ladder: Ladder, traffic: Traffic
+) -> None:
+    decided = plan([Ticket(by_s)], 0.0, profile, ladder, traffic)
+    if admit(by_s, 0.0, 0.0, [], profile, ladder, traffic).is_accepted:
+        assert decided.column is not None
+        assert profile.latency(decided.column, 1).high_s <= by_s + 1e-12
+
+
+@given(queues, st.floats(0, 0.1), st.floats(0, 0.03), profiles(), ladders(), traffics)
+def test_law_what_is_needed_is_more_than_there_is_exactly_for_those_refused_for_their_own_sake(
+    waiting: list[Ticket],
+    by_s: float,
+    busy_until_s: float,
+    profile: LatencyProfile,
+    ladder: Ladder,
+    traffic: Traffic,
+) -> None:
+    admission = admit(by_s, 0.0, busy_until_s, waiting, profile, ladder, traffic)
+    assert admission.needs_s >= busy_until_s + profile.latency("1", 1).median_s - 1e-12
+    if admission.is_accepted:
+        assert admission.needs_s <= by_s

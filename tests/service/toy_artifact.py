@@ -18,6 +18,12 @@ HEIGHT = WIDTH = 8
 LABELS = ("ant", "bee", "cat", "dog", "elk")
 COLUMNS = ("1", "2", "3")
 ACCURACY = {"1": 0.80, "2": 0.85, "3": 0.90, "1+2": 0.87, "1+3": 0.91, "1+2+3": 0.93}
+CONFIDENCE = {
+    "columns": ["1"],
+    "edges": [0.0, 0.5, 1.0],
+    "n": [60, 40],
+    "accuracy": {"1": [0.7, 0.95], "1+2": [0.8, 0.97], "1+3": [0.9, 0.95], "1+2+3": [0.92, 0.97]},
+}
 WORK = {"1": 1, "2": 4, "3": 16}
 
 
@@ -99,7 +105,7 @@ def manifest(graphs: dict[str, bytes]) -> dict[str, Any]:
             }
             for key, accuracy in ACCURACY.items()
         ],
-        "confidence": [],
+        "confidence": [CONFIDENCE],
         "held_out": {"n": 100, "from": "train", "seed": 0},
         "test": {"n": 100, "accuracy": {}},
     }

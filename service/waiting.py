@@ -1,0 +1,181 @@
+"""Who waits, in the orders that a policy asks for, and who is to be expected. Pure: no clock, no I/O.
+
+Must not know of how a policy decides, or how long anything takes.
+"""
+
+import math
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Generic, TypeVar
+
+from service.ladder import Ladder
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A waiting request, as far as the policy cares. Only the engine changes one, and not while it is queued.
+
+    Attributes:
+        ready_by_s: Latest time for the result to be there: the deadline less the reserve for writing the
+            answer.
+        min_confidence: The caller is content with an answer at least this confident; None: never.
+        columns_run: Columns that have run, shallow first; empty while there is no answer.
+        confidence: Probability of the answer in hand.
+        lost_s: Time this ticket has stood still, or gone slower, because of others [s].
+    """
+
+    ready_by_s: float
+    min_confidence: float | None = None
+    columns_run: tuple[str, ...] = ()
+    confidence: float = 0.0
+    lost_s: float = 0.0
+
+    @property
+    def is_content(self) -> bool:
+        """The caller asked for no more confidence than the answer in hand has."""
+        return self.min_confidence is not None and self.confidence >= self.min_confidence
+
+
+TicketT = TypeVar("TicketT", bound=Ticket)
+
+
+def ready_by(ticket: Ticket) -> float:
+    """Sorting key: earliest deadline first."""
+    return ticket.ready_by_s
+
+
+Kind = tuple[tuple[str, ...], int] | None
+"""What tickets with an answer have in common as far as their future goes: the columns that have run and the
+row of the confidence table; None when there is nothing to be gained."""
+
+
+class Queue(Generic[TicketT]):
+    """Every waiting ticket, in the orders that policies ask for. Only the engine adds and takes away.
+
+    Those without an answer are kept by deadline. Those with one are kept by kind, and within a kind by
+    deadline: however many wait, a policy has to look at no more than a few of each kind.
+
+    Cost: adding and taking away are O(log n) and a shift of a list.
+    """
+
+    def __init__(self, ladder: Ladder, tickets: Iterable[TicketT] = ()) -> None:
+        self.unanswered: list[TicketT] = []
+        self.answered: dict[Kind, list[TicketT]] = {}
+        self._ladder = ladder
+        self._kind_of: dict[TicketT, Kind] = {}
+        for ticket in tickets:
+            self.add(ticket)
+
+    def add(self, ticket: TicketT) -> None:
+        """Take a ticket in. It must not change while it is here, except for `lost_s`."""
+        kind: Kind = None
+        if ticket.columns_run:
+            kind = self._kind(ticket)
+            insort(self.answered.setdefault(kind, []), ticket, key=ready_by)
+        else:
+            insort(self.unanswered, ticket, key=ready_by)
+        self._kind_of[ticket] = kind
+
+    def remove(self, ticket: TicketT) -> None:
+        """Take a ticket away.
+
+        Raises:
+            KeyError: it is not here.
+        """
+        kind = self._kind_of.pop(ticket)
+        among = self.answered[kind] if ticket.columns_run else self.unanswered
+        place = bisect_left(among, ticket.ready_by_s, key=ready_by)
+        del among[among.index(ticket, place)]
+        if ticket.columns_run and not among:
+            del self.answered[kind]
+
+    def __len__(self) -> int:
+        return len(self._kind_of)
+
+    def __iter__(self) -> Iterator[TicketT]:
+        """In the order in which they were added."""
+        return iter(self._kind_of)
+
+    def __contains__(self, ticket: object) -> bool:
+        return ticket in self._kind_of
+
+    def _kind(self, ticket: TicketT) -> Kind:
+        row = self._ladder.row(ticket.columns_run, ticket.confidence)
+        if ticket.is_content or not self._ladder.improvements(ticket.columns_run, row):
+            return None
+        return ticket.columns_run, row
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What has been arriving lately, as an expectation of what will.
+
+    Attributes:
+        rate_hz: Requests a second.
+        slacks_s: Time that a sample of them had left when they were taken in [s], ascending.
+    """
+
+    rate_hz: float = 0.0
+    slacks_s: Sequence[float] = ()
+
+    def losses(self, run_s: float, column_1_s: float) -> float:
+        """How many requests to expect during a run that will miss their column 1 because of it.
+
+        A request that comes t before the run's end is lost if its slack is shorter than t and column 1
+        together, although it is longer than column 1. Those that queue up behind one another are not counted.
+
+        Args:
+            run_s: Length of the run [s].
+            column_1_s: Predicted latency of column 1 [s].
+        """
+        if not self.slacks_s or not self.rate_hz:
+            return 0.0
+        first = bisect_left(self.slacks_s, column_1_s)
+        last = bisect_left(self.slacks_s, column_1_s + run_s)
+        exposed_s = (last - first) * (run_s + column_1_s) - sum(islice(self.slacks_s, first, last))
+        return self.rate_hz * exposed_s / len(self.slacks_s)
+
+
+NO_TRAFFIC = Traffic()
+
+
+class TrafficMonitor:
+    """Keeps `Traffic` current.
+
+    Args:
+        window_s: Time over which the past fades [s]. Larger: steadier, later to see a burst.
+        n_slacks: How many of the latest slacks to keep.
+    """
+
+    def __init__(self, window_s: float = 0.25, n_slacks: int = 64) -> None:
+        self._window_s = window_s
+        self._weight = 0.0
+        self._at_s = 0.0
+        self._latest = [0.0] * n_slacks
+        self._slacks_s: list[float] = []
+        self._n = 0
+
+    def arrived(self, now_s: float, slack_s: float) -> None:
+        """Count a request that was offered, admitted or not, with this much time left."""
+        self._weight = self._weight * self._share_left(now_s) + 1.0
+        self._at_s = now_s
+        place = self._n % len(self._latest)
+        if self._n >= len(self._latest):
+            del self._slacks_s[bisect_left(self._slacks_s, self._latest[place])]
+        self._latest[place] = slack_s
+        insort(self._slacks_s, slack_s)
+        self._n += 1
+
+    def traffic(self, now_s: float) -> Traffic:
+        """What to expect now.
+
+        The latest arrival is not counted: whoever asks does so because of it, and one who comes to an idle
+        server is no traffic to themselves.
+        """
+        others = max(0.0, self._weight - 1.0) * self._share_left(now_s)
+        return Traffic(others / self._window_s, tuple(self._slacks_s))
+
+    def _share_left(self, now_s: float) -> float:
+        return math.exp(-max(0.0, now_s - self._at_s) / self._window_s)
