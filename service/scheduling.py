@@ -3,9 +3,9 @@
 Must not know of clocks, I/O, asyncio, arrays or HTTP: the server and a simulator call the very same code.
 
 The shallowest column is mandatory and every deeper one optional (imprecise computation: see Liu et al.,
-"Algorithms for scheduling imprecise computations", IEEE Computer 1991). A prediction uses the high quantile
-of measured latency where a safer choice remains (to admit, to batch, to open with a deep column) and the
-likely latency where it does not.
+"Algorithms for scheduling imprecise computations", IEEE Computer 1991). A single run is predicted by its high
+quantile where a safer choice remains (to batch first answers, to open with a deep column) and by its likely
+latency where none does; a series of runs by the high quantile of their sum.
 """
 
 import math
@@ -222,13 +222,8 @@ class Anytime:
         needs_s = max(ends_s[place] - now_s, profile.latency(ladder.shallowest, least).likely_s)
         if now_s + needs_s > ready_by_s:
             return Admission(is_accepted=False, needs_s=needs_s)
-        # Whoever waits behind it and is late, with or without it, is kept waiting by it: only the past help are
-        # not, on whom no time is spent.
-        hopeless_s = start_s + profile.latency(ladder.shallowest, 1).median_s
-        is_harmless = all(
-            end_s <= by_s or by_s < hopeless_s
-            for by_s, end_s in zip(with_it_s[place + 1 :], ends_s[place + 1 :], strict=True)
-        )
+        behind = zip(with_it_s[place + 1 :], ends_s[place + 1 :], strict=True)
+        is_harmless = all(end_s <= by_s for by_s, end_s in behind)
         return Admission(is_accepted=is_harmless, needs_s=needs_s)
 
     def _better_than_a_small_batch(
@@ -427,9 +422,9 @@ def _part_with_the_hopeless(
 ) -> tuple[_Finished[TicketT], _Refinable[TicketT]]:
     """Who of those with an answer is done, and who is kept to be refined.
 
-    Done is who wants nothing deeper, and for whom nothing deeper will be had in time: answers that have more to
-    gain are refined first, in the time that first answers leave over. One whose turn would come too late is sent
-    its answer now rather than in the last moment.
+    Done is who wants nothing deeper, and for whom nothing deeper will be had in time: answers that have more
+    to gain are refined first, in the time that first answers leave over. One whose turn would come too late
+    is sent its answer now rather than in the last moment.
     """
     finished = [(t, stopped_by(t, now_s, profile, ladder)) for t in waiting.answered.get(None, ())]
     refinable: _Refinable[TicketT] = {}

@@ -36,12 +36,6 @@ def platform_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anytime"
 
 
-def brief_on_few_cores() -> float:
-    """What pays was measured with two cores and with more: see docs/decisions."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 1.0 if cores <= 2 else 0.0
-
-
 class Settings(BaseSettings):
     """One frozen record of every setting; `load` reads it from the environment."""
 
@@ -153,7 +147,7 @@ class Settings(BaseSettings):
         "else runs.",
     )
     brief_run_ms: float = Field(
-        default_factory=brief_on_few_cores,
+        0.0,
         ge=0,
         description="On a CPU, runs predicted to take no longer are not handed over to a thread. Larger: "
         "less to do for two cores that also serve the network, but the server is deaf for so long.",
