@@ -196,7 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write PATH.json, PATH.md and PATH.svg")
     chosen = parser.parse_args(arguments)
 
-    images_NHWC, labels = read_test_images(chosen.data, 10_000, 32, 32)
+    spec = json.loads((chosen.artifact / "manifest.json").read_text())["input"]
+    images_NHWC, labels = read_test_images(chosen.data, 10_000, spec["height"], spec["width"])
     bodies = [image.tobytes() for image in images_NHWC]
     policies = chosen.policies.split(",")
     shuffled = random.Random(chosen.seed)  # noqa: S311 - an order, not a secret
