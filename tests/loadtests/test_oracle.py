@@ -28,7 +28,7 @@ def test_of_those_that_come_at_once_as_many_are_answered_as_fit() -> None:
 
 
 def test_one_may_be_interrupted_for_another() -> None:
-    arrivals = Arrivals(np.array([0.0, 0.0002]), np.array([0.0012, 0.0006]), np.array([0, 0]))
+    arrivals = Arrivals(np.array([0.0, 0.0002]), np.array([0.0011, 0.0006]), np.array([0, 0]))
     assert bound(arrivals, OUTCOMES, cost_s=COST_S, overhead_s=0.0).attainment == 1.0
 
 

@@ -1,16 +1,18 @@
 """What the protocol adds to uvicorn's: a head never travels alone, and a lost connection is told at once."""
 
+import asyncio
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import cast
 
 import httpx
 import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from service.protocol import CONNECTION, RECEIVED_S, StampedProtocol
+from service.protocol import CONNECTION, RECEIVED_S, StampedProtocol, _JoiningTransport
 from tests.service import toy_artifact
 from tests.service.conftest import Launcher, Running
 
@@ -76,6 +78,33 @@ def test_who_asked_is_told_that_the_connection_is_lost(keeper: tuple[Keeper, int
 
 
 RAW = {"content-type": "application/octet-stream"}
+
+
+class WrittenTo:
+    def __init__(self) -> None:
+        self.writes: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        self.writes.append(data)
+
+    def close(self) -> None:
+        self.writes.append(b"closed")
+
+
+def test_a_head_is_written_with_what_follows_it_together() -> None:
+    async def write(*parts: bytes, close: bool = False) -> list[bytes]:
+        written = WrittenTo()
+        joining = _JoiningTransport(cast("asyncio.Transport", written))
+        for part in parts:
+            joining.write(part)
+        if close:
+            joining.close()
+        await asyncio.sleep(0)
+        return written.writes
+
+    assert asyncio.run(write(b"HTTP/1.1 200 OK", b"body", b"more")) == [b"HTTP/1.1 200 OKbody", b"more"]
+    assert asyncio.run(write(b"HTTP/1.1 204 No Content")) == [b"HTTP/1.1 204 No Content"]
+    assert asyncio.run(write(b"HTTP/1.1 400 Bad", close=True)) == [b"HTTP/1.1 400 Bad", b"closed"]
 
 
 def test_head_and_body_come_together(server: Running) -> None:
