@@ -30,6 +30,9 @@ load."""
 OVERLOAD = 1.25
 """More than this many times of what can be served in the best batches is overload."""
 
+DEAR_ALONE = 2.0
+"""An image that runs alone is dear if it takes this many times as long as one in the best batch."""
+
 LEAST_SPARE = 0.05
 """Share of the time that is thought to be left for refinements in the heaviest traffic."""
 
@@ -176,7 +179,8 @@ class Anytime:
                 waiting, first, refinable, now_s, profile, ladder, traffic, costs
             ):
                 return Plan(*better, finished)
-            least = min(_least_batch(ladder.shallowest, profile, traffic), len(waiting.unanswered) - first)
+            n_waiting = len(waiting.unanswered) - first
+            least = min(_least_batch(ladder.shallowest, n_waiting, profile, traffic), n_waiting)
             if least > 1:
                 least_s = profile.latency(ladder.shallowest, least).likely_s
                 fitting = bisect_left(waiting.unanswered, now_s + least_s, key=ready_by)
@@ -217,7 +221,7 @@ class Anytime:
         before_s = [ticket.ready_by_s for ticket in waiting.unanswered]
         place = bisect_right(before_s, ready_by_s)
         with_it_s = [*before_s[:place], ready_by_s, *before_s[place:]]
-        least = _least_batch(ladder.shallowest, profile, traffic)
+        least = _least_batch(ladder.shallowest, len(with_it_s), profile, traffic)
         ends_s = _ends_of_column_1(with_it_s, start_s, profile, ladder, least)
         needs_s = max(ends_s[place] - now_s, profile.latency(ladder.shallowest, least).likely_s)
         if now_s + needs_s > ready_by_s:
@@ -244,7 +248,7 @@ class Anytime:
         """
         column, largest = ladder.shallowest, profile.batch_sizes[-1]
         n = len(waiting.unanswered) - first
-        if n >= largest or not refinable or _least_batch(column, profile, traffic) > 1:
+        if n >= largest or not refinable or _least_batch(column, n, profile, traffic) > 1:
             return None
         pair_s = profile.latency(column, min(2, largest)).median_s
         if 2 * profile.latency(column, 1).median_s < WORTH_FILLING * pair_s:
@@ -486,18 +490,18 @@ def _offers(
     return offers
 
 
-def _least_batch(column: str, profile: LatencyProfile, traffic: Traffic) -> int:
-    """The smallest batch worth a run in this traffic: 1, or in overload the best.
+def _least_batch(column: str, n_waiting: int, profile: LatencyProfile, traffic: Traffic) -> int:
+    """The smallest batch worth a run: 1, or the best one where a run for fewer costs others their answers.
 
-    Overload is where not even the best batch can serve everybody: a run for one who has no time for it is
-    then had at the expense of several others.
+    That is so in overload, when not even the best batch can serve everybody; and where batching pays much, as
+    on a GPU, as soon as two of the best batches wait: earliest deadline first would serve everybody in the
+    last moment, when there is time for one image only.
     """
-    best_n, best_each_s = 1, float("inf")
-    for size in profile.batch_sizes:
-        each_s = profile.latency(column, size).median_s / size
-        if each_s < best_each_s:
-            best_n, best_each_s = size, each_s
-    return best_n if traffic.rate_hz * best_each_s > OVERLOAD else 1
+    best_n = min(profile.batch_sizes, key=lambda size: profile.latency(column, size).median_s / size)
+    each_s = profile.latency(column, best_n).median_s / best_n
+    is_dear_alone = profile.latency(column, 1).median_s > DEAR_ALONE * each_s
+    is_overload = traffic.rate_hz * each_s > OVERLOAD
+    return best_n if is_overload or (is_dear_alone and n_waiting >= 2 * best_n) else 1
 
 
 def _worthwhile_batch(column: str, n_waiting: int, slack_s: float, profile: LatencyProfile) -> int:

@@ -245,6 +245,15 @@ def test_in_overload_one_without_time_for_the_best_batch_gives_way() -> None:
     assert plan([hurried, *relaxed], 0.0, GAIN, LADDER, FLOOD).batch == tuple(relaxed)
 
 
+def test_where_an_image_is_dear_alone_two_full_batches_do_without_one_who_has_no_time() -> None:
+    """GAIN: alone 1 ms, in a batch of four 0.325 ms each."""
+    hurried, relaxed = ticket(1.05), [ticket(20 + i) for i in range(8)]
+    assert plan([hurried, *relaxed[:6]], 0.0, GAIN, LADDER).batch == (hurried,)
+    assert plan([hurried, *relaxed], 0.0, GAIN, LADDER).batch == tuple(relaxed[:4])
+    little_gain = profile_of(MS, per_image=0.5)
+    assert plan([hurried, *relaxed], 0.0, little_gain, LADDER).batch == (hurried,)
+
+
 def test_in_overload_one_without_time_is_served_all_the_same_if_nobody_has_more() -> None:
     hurried, other = ticket(1.02), ticket(1.05)
     assert plan([hurried, other], 0.0, GAIN, LADDER, FLOOD).batch == (hurried,)
