@@ -90,9 +90,10 @@ def test_batches_where_that_is_cheaper_and_in_time_for_each(name: PolicyName, co
     waiting = [ticket(60 + i) for i in range(6)]
     assert plan(name, waiting, GAIN).batch == tuple(waiting[:4])
     assert plan(name, waiting, NO_GAIN).batch == tuple(waiting[:1])
-    alone_ms = MS[column]
-    waiting[2] = ticket(alone_ms * 1.15)  # a batch of two takes 1.1 times as long as one, of four 1.3
-    assert plan(name, waiting, GAIN).batch == tuple(waiting[:2])
+    hurried = ticket(MS[column] * 1.15)  # a batch of two takes 1.1 times as long as one, of four 1.3
+    for place in (0, 2):
+        one_hurried = [*waiting[:place], hurried, *waiting[place:]]
+        assert plan(name, one_hurried, GAIN).batch == tuple(one_hurried[:2])
 
 
 def test_deepest_fit_counts_with_the_high_quantile() -> None:
