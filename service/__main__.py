@@ -11,11 +11,9 @@ import sys
 
 import uvicorn
 
-from service import inference, profiling, settings
+from service import repository, settings
 from service.api import Service
-from service.engine import InferenceThread
 from service.inference import ArtifactError
-from service.latency import LatencyProfile
 from service.protocol import StampedProtocol
 from service.settings import Settings, SettingsError
 
@@ -37,49 +35,6 @@ class Server(uvicorn.Server):
         logger.info("Stopping: no new requests; those in progress are being settled.")
         await self._app.drain()
         await super().shutdown(sockets)
-
-
-def prepare(chosen: Settings) -> Service:
-    """Load, verify, warm up and measure.
-
-    Raises:
-        ArtifactError: the artifact or the provider cannot be used.
-    """
-    loaded = inference.load(
-        chosen.artifact,
-        provider=chosen.provider,
-        intra_op_threads=chosen.intra_op_threads,
-        batch_sizes=chosen.batch_sizes,
-    )
-    processor = InferenceThread(loaded)
-    manifest = loaded.manifest
-    logger.info(
-        "%s version %s: %d labels, %d columns, running on %s.",
-        *(manifest.name, manifest.version, len(manifest.labels), len(manifest.rungs), loaded.provider),
-    )
-
-    async def measure() -> LatencyProfile:
-        await processor.warm_up(chosen.batch_sizes)
-        return await profiling.recall_or_measure(
-            loaded,
-            processor,
-            batch_sizes=chosen.batch_sizes,
-            quantile=chosen.profile_quantile,
-            seconds=chosen.profile_seconds,
-            intra_op_threads=chosen.intra_op_threads,
-            cache=chosen.profile_cache,
-        )
-
-    profile = asyncio.run(measure())
-    for rung in manifest.rungs:
-        latency = profile.latency(rung.column, 1)
-        logger.info(
-            "  column %s: %4.1f %% right on held-out images, %.2f ms for one image (%g %% of runs within "
-            "%.2f ms)",
-            *(rung.column, rung.accuracy * 100, latency.median_s * 1e3),
-            *(chosen.profile_quantile * 100, latency.high_s * 1e3),
-        )
-    return Service(chosen, loaded, processor, profile)
 
 
 def listen(chosen: Settings) -> socket.socket:
@@ -104,7 +59,7 @@ def main(arguments: list[str]) -> int:
         chosen = settings.load(arguments)
         logging.basicConfig(level=chosen.log_level.upper(), format="%(levelname)-7s %(message)s")
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
-        app = prepare(chosen)
+        app = Service(chosen, asyncio.run(repository.prepare(chosen)))
         listener = listen(chosen)
     except (SettingsError, ArtifactError) as error:
         print(f"service: {error}", file=sys.stderr)

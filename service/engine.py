@@ -39,7 +39,8 @@ class Served:
     """One record of a request's life, built once when it is settled.
 
     `outcome` is `answered` here even if the answer then turns out late: only the edge sees the last byte
-    leave. `probabilities_K`, `columns_run` and `stopped_by` are given exactly for an answer.
+    leave. `probabilities_K`, `columns_run` and `stopped_by` are given exactly for an answer; one that may yet
+    be refined has no `stopped_by`.
     """
 
     outcome: Outcome
@@ -157,6 +158,7 @@ class Request(Ticket):
     deadline_s: float
     waiting_since_s: float
     settled: asyncio.Future[Served]
+    on_rung: Callable[[Served], None] | None = None
     timer: Cancellable | None = None
     logits_K: list[NDArray[np.float32]] = field(default_factory=list)
     probabilities_K: NDArray[np.float32] | None = None
@@ -340,8 +342,16 @@ class Engine:
         arrived_s: float,
         deadline_s: float,
         min_confidence: float | None = None,
+        on_rung: Callable[[Served], None] | None = None,
     ) -> Request:
         """Take a request in; its `settled` will hold what became of it.
+
+        Args:
+            image_HWC: Of the network's size.
+            arrived_s: When the request came.
+            deadline_s: When its answer must have been written.
+            min_confidence: Enough to stop refining.
+            on_rung: Told each answer as it is there, shallow first; must not block.
 
         Raises:
             Problem: as `check_admission`.
@@ -362,6 +372,7 @@ class Engine:
             deadline_s=deadline_s,
             waiting_since_s=now_s,
             settled=asyncio.get_running_loop().create_future(),
+            on_rung=on_rung,
         )
         self._traffic.arrived(now_s, request.ready_by_s - now_s)
         request.timer = self._call_at(request.ready_by_s, partial(self._ready_or_never, request))
@@ -476,6 +487,8 @@ class Engine:
         request.confidence = float(request.probabilities_K.max())
         request.columns_run = columns_run
         self._queue.add(request)
+        if request.on_rung:
+            request.on_rung(_served(request, "answered", self._clock()))
 
     def _ready_or_never(self, request: Request) -> None:
         """Send what there is, in the last moment for it. A first run in progress goes on: a late answer."""
@@ -513,20 +526,22 @@ class Engine:
             request.inference_s += now_s - self._running.started_s
         if request.settled.done():
             return
-        is_answered = outcome == "answered"
-        request.settled.set_result(
-            Served(
-                outcome=outcome,
-                arrived_s=request.arrived_s,
-                deadline_s=request.deadline_s,
-                settled_s=now_s,
-                queue_s=request.queue_s,
-                inference_s=request.inference_s,
-                columns_run=request.columns_run if is_answered else (),
-                probabilities_K=request.probabilities_K if is_answered else None,
-                stopped_by=stopped_by,
-            )
-        )
+        request.settled.set_result(_served(request, outcome, now_s, stopped_by))
+
+
+def _served(request: Request, outcome: Outcome, now_s: float, stopped_by: StoppedBy | None = None) -> Served:
+    is_answered = outcome == "answered"
+    return Served(
+        outcome=outcome,
+        arrived_s=request.arrived_s,
+        deadline_s=request.deadline_s,
+        settled_s=now_s,
+        queue_s=request.queue_s,
+        inference_s=request.inference_s,
+        columns_run=request.columns_run if is_answered else (),
+        probabilities_K=request.probabilities_K if is_answered else None,
+        stopped_by=stopped_by,
+    )
 
 
 def _overlap_s(request: Request, run: _Run, now_s: float) -> float:

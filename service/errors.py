@@ -12,6 +12,10 @@ Outcome = Literal["answered", "late", "rejected", "expired", "failed", "stopped"
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 
+class CallerGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
 class Problem(Exception):
     """A request that gets no prediction.
 
@@ -62,6 +66,12 @@ class MethodNotAllowed(Problem):
     def headers(self) -> dict[str, str]:
         """The methods that are taken."""
         return {"allow": self.allowed}
+
+
+class NotLoadable(Problem):
+    """The model's files in the repository cannot be served; what was served before still is."""
+
+    status, title = 409, "Model not loadable"
 
 
 class BodyTimeout(Problem):

@@ -17,6 +17,7 @@ from prometheus_client import (
     generate_latest,
 )
 
+import service
 from service.errors import OUTCOMES, Outcome
 from service.scheduling import STOPPED_BY, StoppedBy
 
@@ -33,23 +34,19 @@ class Metrics:
     """All metrics of one server in a registry of its own.
 
     Args:
-        columns: Columns of the artifact, shallow first.
         batch_sizes: Profiled batch sizes; a batch counts under the next one up.
         n_waiting: Asked at each scrape.
         slowdown: As `n_waiting`: how many times longer runs take than when they were measured.
         reserve_s: As `n_waiting`: what is kept free of every budget [s].
-        build: What is being run: version, artifact, provider.
     """
 
     def __init__(
         self,
         *,
-        columns: Sequence[str],
         batch_sizes: Sequence[int],
         n_waiting: Callable[[], int],
         slowdown: Callable[[], float],
         reserve_s: Callable[[], float],
-        build: dict[str, str],
     ) -> None:
         # Else each series has a second one, with the time of its creation, which nobody asks for.
         disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -107,17 +104,40 @@ class Metrics:
             "anytime_queue_length", "Requests in the engine that are not running", registry=self.registry
         )
         waiting.set_function(n_waiting)
-        Info("anytime_build", "What is being served", registry=self.registry).info(build)
-
+        Info("anytime_build", "What serves", registry=self.registry).info({"version": service.__version__})
+        self._models = Gauge(
+            "anytime_model_info",
+            "1 for each version of a model that is loaded",
+            ["model", "version", "sha256", "provider"],
+            registry=self.registry,
+        )
         self._batch_sizes = tuple(batch_sizes)
         for outcome in OUTCOMES:
             self._requests.labels(outcome)
+
+    def add_model(
+        self, name: str, version: str, *, sha256: str, provider: str, columns: Sequence[str]
+    ) -> None:
+        """Have all series of a model, from its first moment.
+
+        Args:
+            name: From its manifest.
+            version: From its manifest.
+            sha256: Of its manifest.
+            provider: What it runs on.
+            columns: Shallow first. Models share the series of columns of the same name.
+        """
+        self._models.labels(name, version, sha256, provider).set(1)
         for column in columns:
             for stopped_by in STOPPED_BY:
                 self._answers.labels(column, stopped_by)
             self._run_ratio.labels(column)
             for size in self._batch_sizes:
                 self._inference_s.labels(column, str(size))
+
+    def remove_model(self, name: str, version: str) -> None:
+        """Say no more that this version is loaded; what it has done stays counted."""
+        self._models.remove_by_labels({"model": name, "version": version})
 
     def count_request(self, outcome: Outcome) -> None:
         """Count one request to /predict that got no prediction."""

@@ -4,6 +4,7 @@ Must not know of requests. Measures through the processor that serves, so that h
 waking up for its result count: for a small network they cost more than the run.
 """
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -46,6 +47,7 @@ async def measure(
     batch_sizes: Sequence[int],
     quantile: float,
     seconds: float,
+    rest: float = 0.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> LatencyProfile:
     """Measure the median and a high quantile for every column and batch size.
@@ -56,6 +58,8 @@ async def measure(
         batch_sizes: Sizes to measure, 1 among them.
         quantile: Which quantile to call high.
         seconds: Time for all of it, shared equally; exceeded only by what the least number of runs takes.
+        rest: How long to pause after each run, in durations of the run. Above 0 where others are served
+            meanwhile; counts as time.
         clock: Monotonic time [s].
     """
     spec = inference.manifest.input
@@ -70,6 +74,8 @@ async def measure(
             started_s = clock()
             await processor.start(column, [image_HWC] * size)
             runs_s.append(clock() - started_s)
+            if rest:
+                await asyncio.sleep(rest * runs_s[-1])
         median_s, high_s = np.quantile(runs_s, [0.5, quantile]).tolist()
         latencies.setdefault(column, {})[size] = Latency(median_s, high_s)
     return LatencyProfile(latencies)
@@ -84,6 +90,7 @@ async def recall_or_measure(
     seconds: float,
     intra_op_threads: int,
     cache: Path | None,
+    rest: float = 0.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> LatencyProfile:
     """The remembered profile of this artifact on this machine, or a new one. Arguments as for `measure`.
@@ -103,7 +110,7 @@ async def recall_or_measure(
         "quantile": quantile,
     }
     path = cache and cache / f"profile-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
-    measure_here = partial(measure, inference, processor, quantile=quantile, clock=clock)
+    measure_here = partial(measure, inference, processor, quantile=quantile, rest=rest, clock=clock)
     if path and (profile := _recall(path, key)):
         now = await measure_here(batch_sizes=(1,), seconds=CHECK_SECONDS)
         if _agree(profile, now):

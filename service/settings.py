@@ -47,6 +47,23 @@ class Settings(BaseSettings):
         default_factory=embedded_artifact,
         description="Folder with manifest.json and one ONNX file per column.",
     )
+    model_repository: Path | None = Field(
+        None,
+        description="Folder <name>/<version>/ of more artifacts, which the administrator may load while the "
+        "server runs; empty: there are none.",
+    )
+    models: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="What to load from the repository at the start beside the artifact, e.g. `cats,dogs/2`.",
+    )
+    max_models: int = Field(
+        8, ge=1, description="Versions loaded at once; beyond it loading is refused. Larger: more memory."
+    )
+    load_timeout_s: float = Field(
+        120.0,
+        gt=0,
+        description="How long loading may take beside serving. Larger: bigger artifacts on busy machines.",
+    )
     host: str = Field(
         "127.0.0.1", description="Address to listen on; 0.0.0.0 opens the service to the network."
     )
@@ -181,7 +198,7 @@ class Settings(BaseSettings):
         description="How long a run in progress may take to end when stopping. Larger: slower restarts.",
     )
 
-    @field_validator("batch_sizes", mode="before")
+    @field_validator("batch_sizes", "models", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
@@ -193,7 +210,7 @@ class Settings(BaseSettings):
             raise ValueError("must start at 1 and ascend, e.g. 1,2,4,8")
         return value
 
-    @field_validator("profile_cache", mode="before")
+    @field_validator("profile_cache", "model_repository", mode="before")
     @classmethod
     def _empty_disables(cls, value: object) -> object:
         return None if value == "" else value

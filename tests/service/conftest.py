@@ -17,7 +17,9 @@ from service.api import Service
 from service.engine import InferenceThread
 from service.inference import Inference, load
 from service.latency import Latency, LatencyProfile
+from service.models import Model
 from service.protocol import StampedProtocol
+from service.repository import Repository
 from service.settings import Settings
 from tests.service import toy_artifact
 
@@ -96,12 +98,9 @@ class Launcher:
         **settings: Any,
     ) -> Running:
         chosen = Settings(_env_file=None, **{"profile_cache": None, **settings})
-        service = Service(
-            chosen,
-            inference or self.inference,
-            InferenceThread(inference or self.inference),
-            profile or profile_of(1e-5),
-        )
+        served = inference or self.inference
+        model = Model(chosen, served, InferenceThread(served), profile or profile_of(1e-5))
+        service = Service(chosen, Repository(chosen, model))
         listener = socket.create_server(("127.0.0.1", 0))
         server = _Server(
             uvicorn.Config(service, http=StampedProtocol, log_config=None, lifespan="on", access_log=False)

@@ -14,10 +14,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.api import Parameters, Service
 from service.engine import InferenceThread, Served
 from service.errors import OUTCOMES
 from service.inference import Inference
+from service.models import Answer, Asked, Model
 from service.settings import Settings
 from tests.service import toy_artifact
 from tests.service.conftest import BATCH_SIZES, Launcher, Running, profile_of
@@ -136,7 +136,7 @@ def test_a_sane_request_id_comes_back_and_another_is_replaced(server: Running) -
         ("top_k=1.5", "whole number"),
         ("min_confidence=1.1", "from 0 to 1"),
         ("budget=5", "Unknown parameter 'budget'"),
-        ("stream=sse", "Unknown parameter 'stream'"),
+        ("stream=xml", "stream must be sse or ndjson"),
     ],
 )
 def test_parameters_out_of_range_are_refused(server: Running, query: str, says: str) -> None:
@@ -300,7 +300,7 @@ def test_the_time_it_takes_to_write_a_long_answer_counts(
         return json.dumps(document).encode()
 
     processor = InferenceThread(inference)
-    service = Service(Settings(profile_cache=None), inference, processor, profile_of(1e-5), lambda: now_s)
+    model = Model(Settings(profile_cache=None), inference, processor, profile_of(1e-5), lambda: now_s)
     monkeypatch.setattr(orjson, "dumps", slow_dumps)
     served = Served(
         outcome="answered",
@@ -312,7 +312,7 @@ def test_the_time_it_takes_to_write_a_long_answer_counts(
         columns_run=("1",),
         probabilities_K=np.full(5, 0.2, np.float32),
     )
-    answer = json.loads(service._prediction(served, Parameters(0.5, 5, None), 0.0))
+    answer = json.loads(model.document(Answer(served, 0.0), Asked(0.5, 5)))
     processor.close()
     assert answer["deadline_met"] is False
     assert answer["elapsed_ms"] == 1000

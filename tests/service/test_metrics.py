@@ -11,15 +11,9 @@ from service.scheduling import STOPPED_BY
 
 @pytest.fixture
 def metrics() -> Metrics:
-    build = {"version": "1", "artifact": "toy@7", "artifact_sha256": "0", "provider": "cpu"}
-    return Metrics(
-        columns=["1", "2"],
-        batch_sizes=[1, 4],
-        n_waiting=lambda: 3,
-        slowdown=lambda: 1.5,
-        reserve_s=lambda: 0.0004,
-        build=build,
-    )
+    metrics = Metrics(batch_sizes=[1, 4], n_waiting=lambda: 3, slowdown=lambda: 1.5, reserve_s=lambda: 0.0004)
+    metrics.add_model("toy", "7", sha256="0", provider="cpu", columns=["1", "2"])
+    return metrics
 
 
 def series(metrics: Metrics) -> dict[str, float]:
@@ -42,7 +36,8 @@ def test_names_and_labels_are_frozen(metrics: Metrics) -> None:
         "anytime_slowdown_ratio",
         "anytime_reserve_seconds",
         "anytime_queue_length",
-        'anytime_build_info{artifact="",artifact_sha256="",provider="",version=""}',
+        'anytime_build_info{version=""}',
+        'anytime_model_info{model="",provider="",sha256="",version=""}',
     }
 
 

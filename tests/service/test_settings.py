@@ -17,6 +17,10 @@ def test_names_and_defaults_are_frozen() -> None:
     del chosen["profile_cache"]  # depends on the platform
     assert chosen == {
         "artifact": embedded_artifact(),
+        "model_repository": None,
+        "models": (),
+        "max_models": 8,
+        "load_timeout_s": 120.0,
         "host": "127.0.0.1",
         "port": 8000,
         "log_level": "info",

@@ -1,0 +1,172 @@
+"""One HTTP request as the outermost layer sees it: its body in, its response out, and whether anybody waits.
+
+Must not know what is asked or answered.
+"""
+
+import asyncio
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import orjson
+from starlette.types import Message, Receive, Scope, Send
+
+from service.engine import Served
+from service.errors import BodyTimeout, CallerGone, Problem, Rejected, TooLarge
+from service.protocol import CONNECTION, RECEIVED_S, StampedProtocol
+from service.settings import Settings
+
+Headers = Sequence[tuple[bytes, bytes]]
+PROBLEM_HEADER = (b"content-type", b"application/problem+json")
+CLIENT_GONE = 499
+"""Never sent: marks the end of an exchange whose caller has gone (nginx's word for it)."""
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request and what is learnt of it on its way.
+
+    Args:
+        scope: ASGI's.
+        receive: ASGI's.
+        send: ASGI's.
+        request_id: The header that names this request in its response.
+        arrived_s: When it came [s, the server's monotonic clock].
+    """
+
+    scope: Scope
+    receive: Receive
+    send: Send
+    request_id: tuple[bytes, bytes]
+    arrived_s: float
+    headers: Mapping[bytes, bytes] = field(init=False)
+    """The request's, by lower-case name; of a name that comes twice the last."""
+    served: Served | None = None
+    status: int = CLIENT_GONE
+    ended_s: float = math.inf
+
+    def __post_init__(self) -> None:
+        self.headers = dict(self.scope["headers"])
+
+    async def respond(self, status: int, headers: Headers, body: bytes) -> None:
+        """Send a whole response."""
+        await self.start(status, [*headers, (b"content-length", b"%d" % len(body))])
+        await self.send({"type": "http.response.body", "body": body})
+
+    async def start(self, status: int, headers: Headers) -> None:
+        """Send the head of a response."""
+        message: Message = {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [*headers, self.request_id],
+        }
+        await self.send(message)
+        self.status = status
+
+    async def send_part(self, part: bytes, *, is_last: bool = False) -> None:
+        """Send a part of a body whose length was not told."""
+        await self.send({"type": "http.response.body", "body": part, "more_body": not is_last})
+
+    async def body(
+        self,
+        settings: Settings,
+        clock: Callable[[], float],
+        deadline_s: float,
+        refuse: Callable[[str], Rejected],
+    ) -> bytes:
+        """Read the body within its bounds; one that is slower than the budget is refused when that ends.
+
+        Args:
+            settings: The bounds.
+            clock: Monotonic time [s].
+            deadline_s: On that clock; infinity if the body itself says what the budget is.
+            refuse: Makes the refusal of a request whose budget has ended.
+
+        Raises:
+            TooLarge: more bytes than the setting `max_body_bytes`, declared or sent.
+            BodyTimeout: it took longer than the setting `body_timeout_s`.
+            Rejected: it took longer than the budget.
+            CallerGone: it will never come.
+        """
+        limit = settings.max_body_bytes
+        declared = self.headers.get(b"content-length", b"")
+        if declared.isdigit() and int(declared) > limit:
+            raise _too_large(limit)
+        timeout_s, left_s = settings.body_timeout_s, deadline_s - clock()
+        body = bytearray()
+        try:
+            async with asyncio.timeout(min(left_s, timeout_s)):
+                while True:
+                    message = await self.receive()
+                    if message["type"] == "http.disconnect":
+                        raise CallerGone
+                    body += message.get("body", b"")
+                    if len(body) > limit:
+                        raise _too_large(limit)
+                    if not message.get("more_body"):
+                        return bytes(body)
+        except TimeoutError as error:
+            if left_s <= timeout_s:
+                raise refuse(
+                    "The budget was used up before the picture was here: grant more or send it faster."
+                ) from error
+            raise BodyTimeout(f"The body did not arrive within {timeout_s:g} s: send it faster.") from error
+
+    @contextlib.contextmanager
+    def called_when_gone(self, leave: Callable[[], None]) -> Iterator[None]:
+        """Call when the connection is lost.
+
+        Any server says so to a task that waits for it; our own protocol does without one.
+        """
+        connection: StampedProtocol | None = self.scope.get(CONNECTION)
+        if connection is None:
+            watcher = asyncio.create_task(_leave_when_gone(self.receive, leave))
+            try:
+                yield
+            finally:
+                watcher.cancel()
+            return
+        if connection.is_lost:
+            leave()
+        connection.on_lost.add(leave)
+        try:
+            yield
+        finally:
+            connection.on_lost.discard(leave)
+
+
+async def _leave_when_gone(receive: Receive, leave: Callable[[], None]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    leave()
+
+
+def arrived_s(scope: Scope, now_s: float) -> float:
+    """When a request came, as far as that can be known.
+
+    It was read when the event loop came round to it. Before, it may have lain in the socket for as long
+    as the loop's turn before that lasted, which is taken to be as long as this one's.
+    """
+    received_s: float = scope.get(RECEIVED_S, now_s)
+    return received_s - (now_s - received_s)
+
+
+def problem_document(problem: Problem) -> tuple[int, Headers, bytes]:
+    """Status, headers and body of an RFC 9457 problem document."""
+    document = {
+        "type": problem.type,
+        "title": problem.title,
+        "status": problem.status,
+        "detail": problem.detail,
+    }
+    return problem.status, [PROBLEM_HEADER, *problem_headers(problem)], orjson.dumps(document)
+
+
+def problem_headers(problem: Problem) -> Headers:
+    """The headers that belong to a problem, whatever its body looks like."""
+    return [(name.encode(), value.encode()) for name, value in problem.headers.items()]
+
+
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"The body has more than {limit} bytes: send a smaller picture.")

@@ -1,0 +1,446 @@
+"""One loaded artifact that answers requests: its decoder, its queue, and the record that a caller gets.
+
+Must not know of HTTP, gRPC or other models.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from service import inference, profiling
+from service.decoding import Decoder
+from service.engine import Cancellable, Engine, InferenceThread, Request, Served
+from service.errors import CallerGone, Expired, Failed, Stopped
+from service.inference import Inference, Manifest
+from service.latency import LatencyProfile, LiveProfile, Reserve
+from service.metrics import Metrics
+from service.policies import named
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+Gone = Callable[[Callable[[], None]], AbstractContextManager[None]]
+"""Within the context that it gives, it calls back when the caller has gone."""
+
+LOADING_NICENESS = 10
+"""Of the thread that opens an artifact: it must not take a core from those that serve."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a caller may choose."""
+
+    budget_s: float
+    top_k: int = 1
+    min_confidence: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of one picture, and how long it took to decode it [s]."""
+
+    served: Served
+    decode_s: float
+
+
+class Model:
+    """One version of an artifact, ready to answer.
+
+    Args:
+        settings: All bounds and reserves.
+        inference: Loaded and warmed up.
+        processor: The one thread that runs it; closed with the model.
+        profile: Latencies measured in such a thread; where predictions start.
+        clock: Monotonic time [s].
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        inference: Inference,
+        processor: InferenceThread,
+        profile: LatencyProfile,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings = settings
+        self._inference = inference
+        self._processor = processor
+        self._live_profile = LiveProfile(profile, settings.profile_quantile)
+        self._clock = clock
+        self._n_inside = 0
+        self._is_empty = asyncio.Event()
+        self._is_empty.set()
+        self._decoder: Decoder | None = None
+        self._engine: Engine | None = None
+        self.manifest: Manifest = inference.manifest
+        self.name = self.manifest.name
+        self.version = self.manifest.version
+        self.provider = inference.provider
+        self.sha256 = inference.sha256
+        self.profile = profile
+        self.card = orjson.dumps(_card(settings, inference, profile))
+
+    def open(self, metrics: Metrics, decode_threads: Executor) -> None:
+        """Take requests from now on; in the event loop that serves them.
+
+        Args:
+            metrics: Told of every run.
+            decode_threads: Decode large pictures.
+        """
+        loop = asyncio.get_running_loop()
+
+        def call_at(when_s: float, callback: Callable[[], None]) -> Cancellable:
+            return loop.call_later(max(0.0, when_s - self._clock()), callback)
+
+        spec = self.manifest.input
+        self._decoder = Decoder(
+            height=spec.height,
+            width=spec.width,
+            max_pixels=self._settings.max_pixels,
+            threads=decode_threads,
+        )
+        self._engine = Engine(
+            self._processor,
+            named(self._settings.policy, self._settings.answer_worth),
+            self._live_profile,
+            self.manifest.ladder(),
+            clock=self._clock,
+            call_at=call_at,
+            call_soon=loop.call_soon,
+            observe_run=metrics.observe_run,
+            observe_saved=metrics.observe_saved,
+            reserve=Reserve(
+                self._settings.overhead_reserve_ms / 1e3,
+                least_s=self._settings.write_reserve_ms / 1e3,
+                most_s=self._settings.max_overhead_reserve_ms / 1e3,
+            ),
+            brief_s=self._settings.brief_run_ms / 1e3 if self.provider == "cpu" else 0.0,
+            max_waiting=self._settings.max_waiting,
+            jitter=lambda: random.uniform(1.0, 1.5),  # noqa: S311 - spreads callers, guards nothing
+        )
+
+    @property
+    def engine(self) -> Engine:
+        """Its queue.
+
+        Raises:
+            Stopped: the model takes no requests yet.
+        """
+        if self._engine is None:
+            raise Stopped("This server is not ready: retry in a second.")
+        return self._engine
+
+    @property
+    def is_ready(self) -> bool:
+        """Requests are taken."""
+        return self._engine is not None and not self._engine.is_stopping
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests in the queue that are not running."""
+        return self._engine.n_waiting if self._engine else 0
+
+    @property
+    def reserve_s(self) -> float:
+        """What is kept free of a large budget for the answer's way out [s]."""
+        return self._engine.reserve_s if self._engine else 0.0
+
+    @property
+    def slowdown(self) -> float:
+        """How many times longer runs take than when they were measured."""
+        return self._live_profile.slowdown
+
+    async def answer(
+        self, pictures: Sequence[bytes | NDArray[np.uint8]], asked: Asked, *, arrived_s: float, gone: Gone
+    ) -> tuple[Answer, ...]:
+        """Answer for several pictures that share one budget; all of them, or none.
+
+        Args:
+            pictures: PNG, JPEG or WebP files, or image_HWC of the network's size.
+            asked: For each of them.
+            arrived_s: When the request came.
+            gone: Says when the caller has gone.
+
+        Raises:
+            Problem: one of them got no answer.
+            CallerGone: nobody waits for them.
+
+        Cancellation: leaves the queue.
+        """
+        deadline_s = arrived_s + asked.budget_s
+        entered: list[tuple[Request, float]] = []
+
+        def leave() -> None:
+            for request, _ in entered:
+                self.engine.leave(request)
+
+        with self.inside(), gone(leave):
+            self.engine.check_admission(arrived_s, deadline_s)
+            try:
+                for picture in pictures:
+                    if isinstance(picture, bytes):
+                        image_HWC, decode_s = await self.decode("image/png", picture, deadline_s)
+                    else:
+                        image_HWC, decode_s = picture, 0.0
+                    entered.append((self.enter(image_HWC, asked, arrived_s), decode_s))
+                return tuple([Answer(await settled(request), decode_s) for request, decode_s in entered])
+            finally:
+                leave()
+
+    async def decode(
+        self, content_type: str, body: bytes, deadline_s: float
+    ) -> tuple[NDArray[np.uint8], float]:
+        """The image_HWC of a body, and how long that took [s].
+
+        Raises:
+            Problem: it is none, or the deadline has come meanwhile.
+        """
+        assert self._decoder is not None  # noqa: S101 - for the type checker: admission comes first
+        started_s = self._clock()
+        image_HWC = self._decoder.decode_raw(content_type, body)
+        if image_HWC is None:
+            try:
+                async with asyncio.timeout(deadline_s - started_s):
+                    image_HWC = await self._decoder.decode(content_type, body)
+            except TimeoutError as error:
+                raise self.engine.refusal(
+                    "The budget was used up while the picture was decoded: grant more or send a smaller one."
+                ) from error
+        return image_HWC, self._clock() - started_s
+
+    def enter(
+        self,
+        image_HWC: NDArray[np.uint8],
+        asked: Asked,
+        arrived_s: float,
+        on_rung: Callable[[Served], None] | None = None,
+    ) -> Request:
+        """Put an image into the queue; as `Engine.submit`."""
+        return self.engine.submit(
+            image_HWC,
+            arrived_s=arrived_s,
+            deadline_s=arrived_s + asked.budget_s,
+            min_confidence=asked.min_confidence,
+            on_rung=on_rung,
+        )
+
+    def document(self, answer: Answer, asked: Asked) -> bytes:
+        """What a caller is told, as JSON."""
+        record = orjson.dumps(self.record(answer, asked))
+        # Decided last: with a large top_k the line above may cost more than the whole reserve.
+        return record[:-1] + b"," + orjson.dumps(self.verdict(answer.served))[1:]
+
+    def record(self, answer: Answer, asked: Asked) -> dict[str, Any]:
+        """What a caller is told, `elapsed_ms` and `deadline_met` excepted: see `verdict`."""
+        served = answer.served
+        assert served.probabilities_K is not None  # noqa: S101 - for the type checker: an answer has them
+        labels = self.manifest.labels
+        probabilities: list[float] = served.probabilities_K.tolist()
+        order = sorted(range(len(probabilities)), key=lambda i: -probabilities[i])[: asked.top_k]
+        top = [{"label": labels[i], "index": i, "probability": probabilities[i]} for i in order]
+        return {
+            "model": self.name,
+            "version": self.version,
+            "label": top[0]["label"],
+            "index": top[0]["index"],
+            "confidence": top[0]["probability"],
+            "top": top,
+            "column": served.columns_run[-1],
+            "depth": self._inference.depth[served.columns_run[-1]],
+            **self.progress(answer, asked),
+        }
+
+    @staticmethod
+    def progress(answer: Answer, asked: Asked) -> dict[str, Any]:
+        """What was done for an answer, and why no more."""
+        served = answer.served
+        return {
+            "columns_run": served.columns_run,
+            "stopped_by": served.stopped_by,
+            "budget_ms": milliseconds(asked.budget_s),
+            "timing_ms": {
+                "decode": milliseconds(answer.decode_s),
+                "queue": milliseconds(served.queue_s),
+                "inference": milliseconds(served.inference_s),
+            },
+        }
+
+    def verdict(self, served: Served) -> dict[str, Any]:
+        """How long it took until now, and whether what is written now is in time. To be asked last."""
+        now_s = self._clock()
+        return {
+            "elapsed_ms": milliseconds(now_s - served.arrived_s),
+            "deadline_met": now_s + self._settings.write_reserve_ms / 1e3 <= served.deadline_s,
+        }
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """Keep the model from being closed meanwhile."""
+        self._n_inside += 1
+        self._is_empty.clear()
+        try:
+            yield
+        finally:
+            self._n_inside -= 1
+            if not self._n_inside:
+                self._is_empty.set()
+
+    async def drain(self) -> None:
+        """Let those who are inside have their answers, within the setting `drain_timeout_s`; then close."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.drain_timeout_s):
+                await self._is_empty.wait()
+        await self.stop()
+        self.close()
+
+    async def stop(self) -> None:
+        """Take no more requests and settle those that are here."""
+        if self._engine:
+            await self._engine.stop(self._settings.drain_timeout_s)
+
+    def close(self) -> None:
+        """Let the thread end."""
+        self._processor.close()
+
+
+async def settled(request: Request) -> Served:
+    """Wait for an answer.
+
+    Raises:
+        Problem: there is none.
+        CallerGone: nobody waits for it.
+    """
+    served = await request.settled
+    match served.outcome:
+        case "answered":
+            return served
+        case "expired":
+            raise Expired(
+                "The deadline passed while the request waited: grant a larger budget or retry later."
+            )
+        case "stopped":
+            raise Stopped("This server is stopping: send the request again, another one will take it.")
+        case "disconnected":
+            raise CallerGone
+        case _:
+            raise Failed(
+                "The network could not be run on this picture: retry, and tell the operator if it persists."
+            )
+
+
+async def load(settings: Settings, folder: Path, *, rest: float = 0.0) -> Model:
+    """Load, verify, warm up and measure an artifact.
+
+    Args:
+        settings: How.
+        folder: The artifact.
+        rest: How long to pause after each run that is measured, in durations of the run: while a server is
+            in use, above 0.
+
+    Raises:
+        ArtifactError: the artifact or the provider cannot be used.
+    """
+    # onnxruntime's own threads would give way for good: they are as nice as the thread that starts them.
+    gives_way = settings.intra_op_threads == 1 and sys.platform == "linux"
+    opening = ThreadPoolExecutor(1, "load", _give_way if gives_way else None)
+    try:
+        loaded = await asyncio.get_running_loop().run_in_executor(
+            opening,
+            partial(
+                inference.load,
+                folder,
+                provider=settings.provider,
+                intra_op_threads=settings.intra_op_threads,
+                batch_sizes=settings.batch_sizes,
+            ),
+        )
+    finally:
+        opening.shutdown(wait=False)
+    processor = InferenceThread(loaded)
+    try:
+        await processor.warm_up(settings.batch_sizes)
+        profile = await profiling.recall_or_measure(
+            loaded,
+            processor,
+            batch_sizes=settings.batch_sizes,
+            quantile=settings.profile_quantile,
+            seconds=settings.profile_seconds,
+            intra_op_threads=settings.intra_op_threads,
+            cache=settings.profile_cache,
+            rest=rest,
+        )
+    except BaseException:
+        processor.close()
+        raise
+    _log(settings, loaded, profile)
+    return Model(settings, loaded, processor, profile)
+
+
+def _log(settings: Settings, loaded: Inference, profile: LatencyProfile) -> None:
+    manifest = loaded.manifest
+    logger.info(
+        "%s version %s: %d labels, %d columns, running on %s.",
+        *(manifest.name, manifest.version, len(manifest.labels), len(manifest.rungs), loaded.provider),
+    )
+    for rung in manifest.rungs:
+        latency = profile.latency(rung.column, 1)
+        logger.info(
+            "  column %s: %4.1f %% right on held-out images, %.2f ms for one image (%g %% of runs within "
+            "%.2f ms)",
+            *(rung.column, rung.accuracy * 100, latency.median_s * 1e3),
+            *(settings.profile_quantile * 100, latency.high_s * 1e3),
+        )
+
+
+def _give_way() -> None:
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADING_NICENESS)
+
+
+def _card(settings: Settings, inference: Inference, profile: LatencyProfile) -> dict[str, Any]:
+    manifest = inference.manifest
+    return {
+        "name": manifest.name,
+        "version": manifest.version,
+        "created": manifest.created,
+        "sha256": inference.sha256,
+        "source": manifest.source,
+        "labels": manifest.labels,
+        "input": manifest.input.model_dump(),
+        "rungs": [rung.model_dump(exclude={"file", "sha256"}) for rung in manifest.rungs],
+        "combinations": [{"columns": c.columns, "accuracy": c.accuracy} for c in manifest.combinations],
+        "provider": inference.provider,
+        "latency_ms": {
+            column: {
+                str(size): {"median": milliseconds(latency.median_s), "high": milliseconds(latency.high_s)}
+                for size, latency in by_size.items()
+            }
+            for column, by_size in profile.items()
+        },
+        "budget_ms": {
+            "default": settings.default_budget_ms,
+            "min": settings.min_budget_ms,
+            "max": settings.max_budget_ms,
+            "reserve": settings.overhead_reserve_ms,
+        },
+    }
+
+
+def milliseconds(seconds: float) -> float:
+    """As a caller reads it."""
+    return round(seconds * 1e3, 3)

@@ -1,0 +1,91 @@
+"""An answer that is sent rung by rung as it gets better: server-sent events, or one JSON document a line.
+
+Must not know how answers are scheduled. A slow reader holds up nobody but itself: what it has not yet taken
+waits here, at most one record for each column.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import orjson
+from numpy.typing import NDArray
+
+from service.engine import Served
+from service.errors import OutOfRange
+from service.exchange import Exchange
+from service.models import Answer, Asked, Model, settled
+
+Format = Literal["sse", "ndjson"]
+CONTENT_TYPES: Mapping[Format, bytes] = {"sse": b"text/event-stream", "ndjson": b"application/x-ndjson"}
+
+
+def chosen(asked: str | None, accept: bytes) -> Format | None:
+    """The format that a caller wants its stream in; None for a single answer.
+
+    Args:
+        asked: The parameter `stream`, which wins.
+        accept: The header `Accept`.
+
+    Raises:
+        OutOfRange: the parameter names no format.
+    """
+    match asked:
+        case "sse" | "ndjson":
+            return asked
+        case None:
+            for kind, content_type in CONTENT_TYPES.items():
+                if content_type in accept.lower():
+                    return kind
+            return None
+        case _:
+            raise OutOfRange(
+                f"stream must be sse or ndjson, not {asked[:40]!r}: leave it out for one answer."
+            )
+
+
+async def answer(
+    exchange: Exchange, model: Model, image_HWC: NDArray[Any], decode_s: float, asked: Asked, kind: Format
+) -> Served:
+    """Send a record for each rung as it completes, shallow first, and one that says why it ended.
+
+    Raises:
+        Problem: there is no answer; nothing has been sent.
+        CallerGone: nobody reads any more; no further column runs.
+    """
+    rungs: asyncio.Queue[Served | None] = asyncio.Queue()
+    request = model.enter(image_HWC, asked, exchange.arrived_s, rungs.put_nowait)
+    request.settled.add_done_callback(lambda _: rungs.put_nowait(None))
+
+    def leave() -> None:
+        model.engine.leave(request)
+
+    try:
+        with exchange.called_when_gone(leave):
+            is_started = False
+            while rung := await rungs.get():
+                if not is_started:
+                    await exchange.start(200, _headers(kind))
+                    is_started = True
+                document = model.document(Answer(rung, decode_s), asked)
+                await exchange.send_part(_event(kind, b"prediction", document))
+            served = exchange.served = await settled(request)
+            end = model.progress(Answer(served, decode_s), asked) | model.verdict(served)
+            await exchange.send_part(_event(kind, b"done", orjson.dumps(end)), is_last=True)
+            return served
+    finally:
+        leave()
+
+
+def _headers(kind: Format) -> list[tuple[bytes, bytes]]:
+    return [
+        (b"content-type", CONTENT_TYPES[kind]),
+        (b"cache-control", b"no-store"),
+        (b"x-accel-buffering", b"no"),  # nginx would collect the rungs and pass them on together
+    ]
+
+
+def _event(kind: Format, name: bytes, document: bytes) -> bytes:
+    if kind == "sse":
+        return b"event: %b\ndata: %b\n\n" % (name, document)
+    return b'{"event":"%b",%b\n' % (name, document[1:])
