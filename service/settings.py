@@ -4,18 +4,25 @@ Each description says what a larger or smaller value does. Knows nothing of the 
 """
 
 import os
+import re
 import sys
 from collections.abc import Sequence
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict
 
 from service.policies import PolicyName
 from service.scheduling import ANSWER_WORTH
 
 PREFIX = "ANYTIME_"
+SECRET = frozenset({"api_keys", "admin_keys", "tls_key_password"})
+"""Settings whose values are never shown, not even refused ones: they may be keys given for their hashes."""
+
+KEY_HASH = re.compile(r"sha256:[0-9a-f]{64}")
+ORIGIN = re.compile(r"\*|https?://[A-Za-z0-9.-]+(:[0-9]+)?|https?://\[[0-9A-Fa-f:.]+\](:[0-9]+)?")
 
 
 class SettingsError(Exception):
@@ -70,6 +77,114 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 lets the system choose one.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Lower levels say more; no level logs single requests or their contents."
+    )
+
+    api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        repr=False,
+        description="Hashes of the keys that open predictions, e.g. `sha256:5f…,sha256:9c…`; "
+        "`python -m service hash-key` makes a key and its hash. Without any here or in the file, predictions "
+        "are open to everybody.",
+    )
+    api_keys_file: Path | None = Field(
+        None, description="File with more of these hashes, one a line, # begins a comment; read at the start."
+    )
+    admin_keys: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        repr=False,
+        description="Hashes of the keys that open the model repository, and nothing else. Without any here "
+        "or in the file, it is closed to everybody.",
+    )
+    admin_keys_file: Path | None = Field(
+        None, description="As api_keys_file, for the keys of the model repository."
+    )
+    max_requests_per_second: float = Field(
+        0.0,
+        ge=0,
+        description="Requests that each client may send in the long run; above it 429; 0: any number. A "
+        "client is a key, or without one an IPv4 address or an IPv6 /64 network. Larger: one client may take "
+        "more of the server.",
+    )
+    request_burst: int = Field(
+        20,
+        ge=1,
+        description="Requests that a client may send at once after a rest, if there is a rate. Larger: "
+        "burstier clients are let through.",
+    )
+    max_clients: int = Field(
+        100_000,
+        ge=1,
+        description="Clients whose rate is remembered; beyond it the one unseen for longest is forgotten and "
+        "may send a burst again. Larger: 200 bytes of memory each.",
+    )
+    forwarded_allow_ips: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Addresses or networks of the proxies whose X-Forwarded-For and X-Forwarded-Proto are "
+        "believed, or `*`. More: whoever sends from there may name any address as its own.",
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Origins whose pages may call this server from a browser, e.g. `https://example.org`, or "
+        "`*`; empty: only pages of its own.",
+    )
+
+    tls_certificate: Path | None = Field(
+        None, description="PEM file with the certificate and those between it and its root: https."
+    )
+    tls_key: Path | None = Field(None, description="PEM file with the certificate's private key.")
+    tls_key_password: SecretStr | None = Field(
+        None, description="Opens the private key; better in the environment than on the command line."
+    )
+    tls_client_ca: Path | None = Field(
+        None,
+        description="PEM file with the authorities that sign clients' certificates: whoever has none is "
+        "turned away.",
+    )
+
+    max_connections: int = Field(
+        2048,
+        ge=1,
+        description="Connections at once; beyond it new ones are closed. Larger: more memory and more open "
+        "files, which the system must allow.",
+    )
+    max_connections_per_client: int = Field(
+        0,
+        ge=0,
+        description="Connections at once from one IPv4 address or IPv6 /64 network; beyond it new ones are "
+        "closed; 0: any number. Larger: one client may keep others out; behind a proxy all have its address.",
+    )
+    max_pipelined_requests: int = Field(
+        8,
+        ge=1,
+        description="Requests that may be sent ahead on one connection while another is served; beyond it "
+        "the connection is closed. Larger: more memory for each connection.",
+    )
+    max_header_bytes: int = Field(
+        32 << 10,
+        ge=256,
+        description="Request line and headers of one request; above it 431. What surrounds the chunks of a "
+        "body and comes after it has the same bound. Larger: more memory for each connection.",
+    )
+    max_query_bytes: int = Field(
+        2048, ge=1, description="Parameters of one request; above it 414. Larger: more time to read them."
+    )
+    header_timeout_s: float = Field(
+        10.0,
+        gt=0,
+        description="How long the TLS handshake may take, and from then or from its first byte the head of a "
+        "request; above it 408 and the connection is closed. Larger: slow callers hold connections longer.",
+    )
+    keep_alive_s: float = Field(
+        30.0,
+        gt=0,
+        description="How long a connection is kept for the next request, or for the rest of a body that "
+        "nobody reads. Larger: fewer new connections, more idle ones; behind a proxy above the proxy's own.",
+    )
+    send_timeout_s: float = Field(
+        10.0,
+        gt=0,
+        description="How long a reader may take nothing while bytes wait for it; the connection is broken "
+        "before twice that. Larger: readers that hang hold memory longer.",
     )
 
     default_budget_ms: float = Field(
@@ -127,6 +242,11 @@ class Settings(BaseSettings):
         16 << 20,
         ge=1,
         description="Largest request body; above it 413. Larger: bigger photographs, more memory.",
+    )
+    max_bodies_bytes: int = Field(
+        256 << 20,
+        ge=1,
+        description="The bodies of all open requests together; above it 429. Larger: more memory.",
     )
     max_pixels: int = Field(
         25_000_000,
@@ -198,10 +318,47 @@ class Settings(BaseSettings):
         description="How long a run in progress may take to end when stopping. Larger: slower restarts.",
     )
 
-    @field_validator("batch_sizes", "models", mode="before")
+    @field_validator(
+        *("batch_sizes", "models", "api_keys", "admin_keys", "forwarded_allow_ips", "cors_origins"),
+        mode="before",
+    )
     @classmethod
     def _split(cls, value: object) -> object:
-        return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        if isinstance(value, str):
+            return [part.strip() for part in value.split(",") if part.strip()]
+        return value
+
+    @field_validator("api_keys", "admin_keys", mode="before")
+    @classmethod
+    def _never_empty(cls, value: object) -> object:
+        if value == "":  # a secret that was not filled in must not open the door
+            raise ValueError("is empty: give the hash of a key, or leave the setting out")
+        return value
+
+    @field_validator("api_keys", "admin_keys")
+    @classmethod
+    def _hashes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(KEY_HASH.fullmatch(hash_) for hash_ in value):
+            raise ValueError(
+                "must be sha256: and 64 digits from 0 to f, never a key itself: "
+                "python -m service hash-key makes both"
+            )
+        return value
+
+    @field_validator("forwarded_allow_ips")
+    @classmethod
+    def _addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for address in value:
+            if address != "*":
+                ip_network(address)
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(ORIGIN.fullmatch(origin) for origin in value):
+            raise ValueError("must be * or origins without a path, e.g. https://example.org")
+        return value
 
     @field_validator("batch_sizes")
     @classmethod
@@ -210,7 +367,11 @@ class Settings(BaseSettings):
             raise ValueError("must start at 1 and ascend, e.g. 1,2,4,8")
         return value
 
-    @field_validator("profile_cache", "model_repository", mode="before")
+    @field_validator(
+        *("profile_cache", "model_repository", "api_keys_file", "admin_keys_file"),
+        *("tls_certificate", "tls_key", "tls_client_ca"),
+        mode="before",
+    )
     @classmethod
     def _empty_disables(cls, value: object) -> object:
         return None if value == "" else value
@@ -221,6 +382,10 @@ class Settings(BaseSettings):
             raise ValueError("min_budget_ms <= default_budget_ms <= max_budget_ms must hold")
         if not self.write_reserve_ms <= self.overhead_reserve_ms <= self.max_overhead_reserve_ms:
             raise ValueError("write_reserve_ms <= overhead_reserve_ms <= max_overhead_reserve_ms must hold")
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together: set both or neither")
+        if self.tls_certificate is None and (self.tls_key_password or self.tls_client_ca):
+            raise ValueError("tls_key_password and tls_client_ca need tls_certificate and tls_key")
         return self
 
 
@@ -251,4 +416,7 @@ def load(arguments: Sequence[str] = ()) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = PREFIX + str(first["loc"][0]).upper() if first["loc"] else "The settings"
-        raise SettingsError(f"{name}: {first['msg']} (was {first['input']!r}).") from error
+        # Without a name, the input is all that was set; both may hold what must not be read in a log.
+        is_secret = not first["loc"] or first["loc"][0] in SECRET
+        was = "" if is_secret else f" (was {first['input']!r})"
+        raise SettingsError(f"{name}: {first['msg']}{was}.") from (None if is_secret else error)

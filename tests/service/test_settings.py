@@ -1,8 +1,10 @@
 """What an operator relies on: names, defaults, and a sentence for every mistake."""
 
+import traceback
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from service.settings import Settings, SettingsError, embedded_artifact, load
 
@@ -24,6 +26,27 @@ def test_names_and_defaults_are_frozen() -> None:
         "host": "127.0.0.1",
         "port": 8000,
         "log_level": "info",
+        "api_keys": (),
+        "api_keys_file": None,
+        "admin_keys": (),
+        "admin_keys_file": None,
+        "max_requests_per_second": 0.0,
+        "request_burst": 20,
+        "max_clients": 100_000,
+        "forwarded_allow_ips": (),
+        "cors_origins": (),
+        "tls_certificate": None,
+        "tls_key": None,
+        "tls_key_password": None,
+        "tls_client_ca": None,
+        "max_connections": 2048,
+        "max_connections_per_client": 0,
+        "max_pipelined_requests": 8,
+        "max_header_bytes": 32_768,
+        "max_query_bytes": 2048,
+        "header_timeout_s": 10.0,
+        "keep_alive_s": 30.0,
+        "send_timeout_s": 10.0,
         "default_budget_ms": 50.0,
         "min_budget_ms": 0.1,
         "max_budget_ms": 10_000.0,
@@ -34,6 +57,7 @@ def test_names_and_defaults_are_frozen() -> None:
         "write_reserve_ms": 0.1,
         "max_waiting": 512,
         "max_body_bytes": 16_777_216,
+        "max_bodies_bytes": 268_435_456,
         "max_pixels": 25_000_000,
         "body_timeout_s": 10.0,
         "max_open_requests": 1024,
@@ -92,12 +116,49 @@ def test_variables_that_kubernetes_sets_are_named_as_such(monkeypatch: pytest.Mo
         ("ANSWER_WORTH", "-1", "ANYTIME_ANSWER_WORTH"),
         ("POLICY", "clairvoyant", "ANYTIME_POLICY"),
         ("MAX_PIXELS", "0", "ANYTIME_MAX_PIXELS"),
+        ("API_KEYS", "", "ANYTIME_API_KEYS.*is empty"),
+        ("ADMIN_KEYS", "sha256:12", "ANYTIME_ADMIN_KEYS.*hash-key makes both"),
+        ("FORWARDED_ALLOW_IPS", "proxy.example", "ANYTIME_FORWARDED_ALLOW_IPS"),
+        ("CORS_ORIGINS", "https://example.org/", "ANYTIME_CORS_ORIGINS.*without a path"),
+        ("TLS_CERTIFICATE", "server.pem", "tls_certificate and tls_key go together"),
+        ("TLS_CLIENT_CA", "ca.pem", "tls_client_ca need tls_certificate"),
     ],
 )
 def test_a_refused_value_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str) -> None:
     monkeypatch.setenv(f"ANYTIME_{name}", value)
     with pytest.raises(SettingsError, match=says):
         load()
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"API_KEYS": "a-key-by-mistake"},
+        {"ADMIN_KEYS": "sha256:a-key-by-mistake"},
+        {"TLS_KEY_PASSWORD": "a-key-by-mistake"},
+        {"API_KEYS": "sha256:" + "ab" * 32, "WRITE_RESERVE_MS": "1"},
+    ],
+)
+def test_a_refusal_repeats_no_secret(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str]) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(f"ANYTIME_{name}", value)
+    with pytest.raises(SettingsError) as refused:
+        load()
+    whole = "".join(traceback.format_exception(refused.value))
+    assert "by-mistake" not in whole
+    assert "abab" not in whole
+
+
+def test_settings_show_no_secret() -> None:
+    chosen = Settings(
+        api_keys=("sha256:" + "ab" * 32,),
+        admin_keys=("sha256:" + "ab" * 32,),
+        tls_certificate=Path("a.pem"),
+        tls_key=Path("b.pem"),
+        tls_key_password=SecretStr("abab"),
+    )
+    assert "abab" not in repr(chosen)
+    assert "abab" not in str(chosen)
 
 
 def test_the_embedded_artifact_lies_beside_the_package() -> None:
