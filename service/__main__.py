@@ -14,7 +14,7 @@ import uvicorn
 from service import repository, settings
 from service.api import Service
 from service.inference import ArtifactError
-from service.protocol import StampedProtocol
+from service.protocol import allow_open_files, connection_options
 from service.settings import Settings, SettingsError
 
 logger = logging.getLogger("service")
@@ -59,21 +59,23 @@ def main(arguments: list[str]) -> int:
         chosen = settings.load(arguments)
         logging.basicConfig(level=chosen.log_level.upper(), format="%(levelname)-7s %(message)s")
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        allow_open_files(chosen)
+        connections = connection_options(chosen)
         app = Service(chosen, asyncio.run(repository.prepare(chosen)))
         listener = listen(chosen)
     except (SettingsError, ArtifactError) as error:
         print(f"service: {error}", file=sys.stderr)
         return 2
     host = f"[{chosen.host}]" if ":" in chosen.host else chosen.host
-    url = f"http://{host}:{listener.getsockname()[1]}"
+    url = f"{'https' if chosen.tls_certificate else 'http'}://{host}:{listener.getsockname()[1]}"
     config = uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
         lifespan="on",
-        http=StampedProtocol,
         server_header=False,
         timeout_graceful_shutdown=max(1, round(chosen.drain_timeout_s)),
+        **connections,
     )
     logger.info("Ready at %s (documentation at %s/docs). Try:", url, url)
     logger.info("  curl -F image=@picture.jpg '%s/predict?budget_ms=%g'", url, chosen.default_budget_ms)

@@ -1,14 +1,25 @@
-"""uvicorn's HTTP/1.1 protocol with three things added, each of which saves a good part of a millisecond.
+"""uvicorn's HTTP/1.1 protocol with bounds on what a connection may cost, and less time spent on each request.
 
 Must not know what is served.
 """
 
 import asyncio
+import math
+import ssl
 import time
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import httptools
+import orjson
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.utils import get_remote_addr
+
+from service.access import client_of
+from service.errors import HeadTimeout, HeadTooLarge, Malformed, Problem
+from service.settings import Settings, SettingsError
 
 RECEIVED_S = "anytime.received_s"
 """Key in the ASGI scope: when the first byte of the request was read [s, time.monotonic]."""
@@ -18,37 +29,354 @@ CONNECTION = "anytime.connection"
 
 HEAD = b"HTTP/1."
 
+N_OTHER_FILES = 128
+"""Open files beside connections: the event loop's, the artifact's while it is loaded, libraries, logs."""
+
+
+def connection_options(settings: Settings) -> dict[str, Any]:
+    """What uvicorn's Config has to be told so that connections keep to the settings.
+
+    Raises:
+        SettingsError: the files for TLS cannot be used.
+    """
+    return {
+        "http": partial(StampedProtocol, Connections(settings, tls_context(settings))),
+        "ws": "none",
+        # uvicorn's own default believes whoever connects from this machine.
+        "proxy_headers": bool(settings.forwarded_allow_ips),
+        "forwarded_allow_ips": list(settings.forwarded_allow_ips),
+    }
+
+
+def tls_context(settings: Settings) -> ssl.SSLContext | None:
+    """TLS 1.2 or later with the operator's certificate; None without one.
+
+    Raises:
+        SettingsError: a file cannot be used.
+    """
+    if settings.tls_certificate is None or settings.tls_key is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    context.set_alpn_protocols(["http/1.1"])
+    password = settings.tls_key_password
+    try:
+        # Never None: OpenSSL would ask on the terminal and wait.
+        context.load_cert_chain(
+            settings.tls_certificate,
+            settings.tls_key,
+            password=lambda: password.get_secret_value() if password else "",
+        )
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"ANYTIME_TLS_CERTIFICATE {settings.tls_certificate} and ANYTIME_TLS_KEY {settings.tls_key} "
+            f"cannot be used ({_reason(error)}): give a PEM certificate and its private key, and "
+            "ANYTIME_TLS_KEY_PASSWORD if that is encrypted."
+        ) from error
+    if settings.tls_client_ca:
+        context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            context.load_verify_locations(settings.tls_client_ca)
+        except OSError as error:
+            raise SettingsError(
+                f"ANYTIME_TLS_CLIENT_CA {settings.tls_client_ca} cannot be used ({_reason(error)}): give a "
+                "PEM file with certificates of authorities."
+            ) from error
+    return context
+
+
+def allow_open_files(settings: Settings) -> None:
+    """Have the system allow as many open files as there may be connections; where it has such a bound.
+
+    Raises:
+        SettingsError: it does not.
+    """
+    try:
+        import resource  # noqa: PLC0415 - Windows has none, and no such bound
+    except ImportError:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = settings.max_connections + N_OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise SettingsError(
+            f"ANYTIME_MAX_CONNECTIONS {settings.max_connections} needs {needed} open files and the system "
+            f"allows {hard}: lower it, or raise the limit with ulimit -n or LimitNOFILE."
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+class Connections:
+    """What all connections of one server share: their bounds, and how many there are of whom.
+
+    Args:
+        settings: The bounds.
+        tls: Secures every connection; None if none is.
+    """
+
+    def __init__(self, settings: Settings, tls: ssl.SSLContext | None = None) -> None:
+        self.settings = settings
+        self.tls = tls
+        self.watch_s = min(settings.header_timeout_s, settings.keep_alive_s, settings.send_timeout_s)
+        self._n = 0
+        self._n_by_client = Counter[str]()
+
+    def enter(self, client: str) -> bool:
+        """Count a new connection; False if there is no room for it."""
+        most, most_each = self.settings.max_connections, self.settings.max_connections_per_client
+        if self._n >= most or (most_each and self._n_by_client[client] >= most_each):
+            return False
+        self._n += 1
+        self._n_by_client[client] += 1
+        return True
+
+    def leave(self, client: str) -> None:
+        """Count a connection no more."""
+        self._n -= 1
+        self._n_by_client[client] -= 1
+        if not self._n_by_client[client]:
+            del self._n_by_client[client]
+
 
 class StampedProtocol(HttpToolsProtocol):
-    """Notes when a request came, tells of lost connections, and sends head and body together.
+    """Bounds a connection, notes when a request came, tells of a loss, sends head and body together.
 
     uvicorn starts the application one turn of the event loop later, and a busy loop's turn takes
-    milliseconds; it has an application wait in a task of its own for the caller to leave; and it writes head
-    and body one by one: twice the system calls, and the client is woken up for a head.
+    milliseconds; it has an application wait in a task of its own for the caller to leave; it writes head
+    and body one by one: twice the system calls, and the client is woken up for a head; and it makes a timer
+    for each response. Here one timer for each connection looks after everything that may take too long, and
+    finds when that would be when it rings.
+
+    Args:
+        connections: Those of this server.
+        uvicorns: What uvicorn gives to its own protocol.
     """
 
     on_lost: set[Callable[[], None]]
     is_lost: bool
 
+    def __init__(self, connections: Connections, **uvicorns: Any) -> None:
+        super().__init__(**uvicorns)
+        self._all = connections
+        self._bounds = connections.settings
+        self._client: str | None = None
+        self._handshake: asyncio.Task[None] | None = None
+        self._early = b""
+        self._watcher: asyncio.TimerHandle | None = None
+        self._due_s = math.inf
+        """When the caller must have done the next thing; infinity while it is owed an answer [s]."""
+        self._is_open = False
+        self._is_in_head = False
+        self._is_deaf = False
+        self._n_head_bytes = 0
+        self._n_around_bytes = 0
+        self._n_taken_bytes = 0
+        self._taken_s = 0.0
+
+    # ---- the connection ----
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Put the joining transport between uvicorn and the connection."""
+        """Take the connection, if there is room for it, and secure it, if it is to be.
+
+        Without room it is closed without a word: to read a request first would be to take it.
+        """
         self.on_lost = set()
         self.is_lost = False
+        peer = get_remote_addr(transport)
+        client = client_of(peer[0]) if peer else ""
+        if not self._all.enter(client):
+            transport.abort()
+            return
+        self._client = client
+        if self._all.tls:
+            transport.pause_reading()
+            self._handshake = self.loop.create_task(self._shake_hands(transport, self._all.tls))
+        else:
+            self._open(transport)
+
+    async def _shake_hands(self, transport: asyncio.Transport, tls: ssl.SSLContext) -> None:
+        """Secure the connection; here and not in the listener, whose handshakes nobody counts or bounds."""
+        timeout_s = self._bounds.header_timeout_s
+        try:
+            secured = await self.loop.start_tls(
+                transport, self, tls, server_side=True, ssl_handshake_timeout=timeout_s
+            )
+        except OSError:  # the caller's business: ssl.SSLError, a timeout and a lost connection all are
+            transport.abort()
+            self._leave()
+        else:
+            if secured and not self.is_lost:
+                self._open(secured)
+
+    def _open(self, transport: asyncio.Transport) -> None:
+        """Put the joining transport between uvicorn and the connection."""
         super().connection_made(_JoiningTransport(transport))  # type: ignore[arg-type]
+        self._is_open = True
+        self._due_s = time.monotonic() + self._bounds.header_timeout_s
+        self._watch()
+        if self._early:
+            early, self._early = self._early, b""
+            self.data_received(early)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell those who asked to be told."""
-        super().connection_lost(exc)
+        if self._is_open:
+            super().connection_lost(exc)
         self.is_lost = True
+        if self._watcher:
+            self._watcher.cancel()
+        self._leave()
         for tell in tuple(self.on_lost):
             tell()
+
+    def _leave(self) -> None:
+        if self._client is not None:
+            self._all.leave(self._client)
+            self._client = None
+
+    # ---- what comes in ----
+
+    def data_received(self, data: bytes) -> None:
+        """Parse, and count what is neither head nor body: around and after chunks, before the first line."""
+        if not self._is_open:  # the end of the handshake may bring the first request with it
+            self._early += data
+            return
+        if self._is_deaf:
+            return
+        self._n_around_bytes += len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            # The parser has lost its place, and what follows must not be taken for another request.
+            self._is_deaf = True
+            self.cycle.keep_alive = False
+        except httptools.HttpParserError as error:
+            why = error.__context__
+            if not isinstance(why, Problem):
+                why = Malformed(f"This is no HTTP/1.1 request ({error}): send what RFC 9112 describes.")
+            self._refuse(why)
+        else:
+            if self._n_around_bytes > self._bounds.max_header_bytes:
+                self._refuse(self._head_too_large())
 
     def on_message_begin(self) -> None:
         """Take the time."""
         super().on_message_begin()
+        now_s = time.monotonic()
         scope: dict[str, Any] = self.scope  # type: ignore[assignment]
-        scope[RECEIVED_S] = time.monotonic()
+        scope[RECEIVED_S] = now_s
         scope[CONNECTION] = self
+        self._is_in_head = True
+        self._n_head_bytes = self._n_around_bytes = 0
+        if self._due_s < math.inf:  # otherwise an answer is owed, and until then nothing is read
+            self._due_s = now_s + self._bounds.header_timeout_s
+
+    def on_url(self, url: bytes) -> None:
+        """Count."""
+        self._count_head(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Count; what comes after a body is no header, and the application has seen the headers by then."""
+        self._count_head(len(name) + len(value))
+        if self._is_in_head:
+            super().on_header(name, value)
+
+    def _count_head(self, n_bytes: int) -> None:
+        self._n_head_bytes += n_bytes + 4  # a colon, a blank, the end of the line
+        if self._n_head_bytes > self._bounds.max_header_bytes:
+            raise self._head_too_large()
+
+    def _head_too_large(self) -> HeadTooLarge:
+        most = self._bounds.max_header_bytes
+        return HeadTooLarge(
+            f"A request's line and headers may have {most} bytes: send fewer or shorter ones."
+        )
+
+    def on_headers_complete(self) -> None:
+        """Have the request served, now or in its turn.
+
+        Raises:
+            Malformed: too many have their turn before it, or it is to be more than a request.
+        """
+        if self.parser.should_upgrade() and (
+            self.parser.get_method() == b"CONNECT"
+            or any(name in {b"content-length", b"transfer-encoding"} for name, _ in self.headers)
+        ):
+            # httptools does not read the body of such a request: it would be taken for the next one.
+            raise Malformed("This server speaks HTTP/1.1 and is no proxy: send no Upgrade with a body.")
+        if self._due_s == math.inf and len(self.pipeline) >= self._bounds.max_pipelined_requests:
+            raise Malformed("Too many requests were sent ahead: wait for the answers.")
+        super().on_headers_complete()
+        self._is_in_head = False
+        self._n_around_bytes = 0
+        self._due_s = math.inf
+
+    def on_body(self, body: bytes) -> None:
+        """Take what surrounds a body for as much as the body at most, so that chunks are not refused."""
+        self._n_around_bytes = max(0, self._n_around_bytes - 2 * len(body))
+        super().on_body(body)
+
+    def on_response_complete(self) -> None:
+        """Turn to the next request; as uvicorn's, but without a timer."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        else:
+            bounds = self._bounds
+            wait_s = bounds.header_timeout_s if self._is_in_head else bounds.keep_alive_s
+            self._due_s = time.monotonic() + wait_s
+
+    # ---- what takes too long, or is too much ----
+
+    def _watch(self) -> None:
+        """Break off what takes too long, and ring again when something next could."""
+        now_s = time.monotonic()
+        if now_s >= self._due_s:
+            self._due_s = math.inf
+            if self._is_in_head and not self._is_deaf:
+                timeout_s = self._bounds.header_timeout_s
+                self._say(
+                    HeadTimeout(f"The headers did not arrive within {timeout_s:g} s: send them faster.")
+                )
+            self.transport.close()
+        joining: _JoiningTransport = self.transport  # type: ignore[assignment]
+        n_waiting = joining.get_write_buffer_size()
+        n_taken_bytes = joining.n_written_bytes - n_waiting
+        if not n_waiting or n_taken_bytes != self._n_taken_bytes:
+            self._n_taken_bytes, self._taken_s = n_taken_bytes, now_s
+        elif now_s - self._taken_s >= self._bounds.send_timeout_s:
+            self.transport.abort()
+            return
+        next_s = min(self._due_s, self._taken_s + self._bounds.send_timeout_s, now_s + self._all.watch_s)
+        self._watcher = self.loop.call_later(next_s - now_s, self._watch)
+
+    def _refuse(self, problem: Problem) -> None:
+        """Take nothing more, and say why, if it is clear which request that answers."""
+        self._is_deaf = True
+        owes_answer = self._due_s == math.inf
+        if owes_answer or not self._is_in_head:
+            if owes_answer and not (self._is_in_head or self.pipeline or self.cycle.response_started):
+                self._say(problem)
+            self.transport.close()
+            return
+        self._say(problem)
+        # To close now would reset the connection while the caller still sends, before it has read why.
+        self._due_s = time.monotonic() + self._bounds.header_timeout_s
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+
+    def _say(self, problem: Problem) -> None:
+        body = orjson.dumps(problem.document)
+        self.transport.write(
+            b"%bcontent-type: application/problem+json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%b"
+            % (STATUS_LINE[problem.status], len(body), body)
+        )
 
 
 class _JoiningTransport:
@@ -57,14 +385,20 @@ class _JoiningTransport:
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self._held = b""
+        self.n_written_bytes = 0
 
     def write(self, data: bytes) -> None:
+        self.n_written_bytes += len(data)
         if not self._held and data.startswith(HEAD):
             self._held = data
             asyncio.get_running_loop().call_soon(self._release)
             return
         held, self._held = self._held, b""
         self._transport.write(held + data)
+
+    def write_eof(self) -> None:
+        self._release()
+        self._transport.write_eof()
 
     def close(self) -> None:
         self._release()
@@ -77,3 +411,8 @@ class _JoiningTransport:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
+
+
+def _reason(error: Exception) -> str:
+    """What OpenSSL or the system says, without the place in its source."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

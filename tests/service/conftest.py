@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx
+import numpy as np
 import pytest
 import uvicorn
+from numpy.typing import NDArray
 
 from service.api import Service
 from service.engine import InferenceThread
 from service.inference import Inference, load
 from service.latency import Latency, LatencyProfile
 from service.models import Model
-from service.protocol import StampedProtocol
+from service.protocol import connection_options
 from service.repository import Repository
 from service.settings import Settings
 from tests.service import toy_artifact
@@ -102,9 +104,8 @@ class Launcher:
         model = Model(chosen, served, InferenceThread(served), profile or profile_of(1e-5))
         service = Service(chosen, Repository(chosen, model))
         listener = socket.create_server(("127.0.0.1", 0))
-        server = _Server(
-            uvicorn.Config(service, http=StampedProtocol, log_config=None, lifespan="on", access_log=False)
-        )
+        options = connection_options(chosen)
+        server = _Server(uvicorn.Config(service, log_config=None, lifespan="on", access_log=False, **options))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         self.stack.callback(thread.join)
@@ -134,6 +135,42 @@ def server(inference: Inference) -> Iterator[Running]:
     """One ordinary server for all tests of a module that only ask."""
     with Launcher(inference, contextlib.ExitStack()) as launcher:
         yield launcher()
+
+
+class BlockedSession:
+    """An onnxruntime session whose runs last until they are released, one by one or all, or fail if told so."""
+
+    def __init__(self) -> None:
+        self.started = threading.Event()
+        self.released = threading.Event()
+        self.one = threading.Semaphore(0)
+        self.n_images: list[int] = []
+        self.fails = False
+
+    def run(self, _: list[str], inputs: dict[str, NDArray[np.uint8]], /) -> list[NDArray[np.float32]]:
+        n = len(inputs["images_NHWC"])
+        self.n_images.append(n)
+        self.started.set()
+        while not (self.released.is_set() or self.one.acquire(timeout=0.005)):
+            pass
+        if self.fails:
+            raise RuntimeError("CUDA error 700")
+        return [np.zeros((n, len(toy_artifact.LABELS)), np.float32)]
+
+
+@pytest.fixture
+def session() -> Iterator[BlockedSession]:
+    session = BlockedSession()
+    yield session
+    session.released.set()
+
+
+@pytest.fixture
+def blocked(launch: Launcher, session: BlockedSession, inference: Inference) -> Running:
+    """A server whose every run waits for `session.released`."""
+    sessions = dict.fromkeys(toy_artifact.COLUMNS, session)
+    waiting = Inference(inference.manifest, sessions, provider="cpu", sha256="0" * 64)
+    return launch(inference=waiting, brief_run_ms=0.0)  # a brief run would hold the server up, too
 
 
 Launch = Callable[..., Running]

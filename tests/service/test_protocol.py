@@ -12,7 +12,8 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from service.protocol import CONNECTION, RECEIVED_S, StampedProtocol, _JoiningTransport
+from service.protocol import CONNECTION, RECEIVED_S, StampedProtocol, _JoiningTransport, connection_options
+from service.settings import Settings
 from tests.service import toy_artifact
 from tests.service.conftest import Launcher, Running
 
@@ -48,7 +49,8 @@ class Keeper:
 @pytest.fixture
 def keeper() -> Iterator[tuple[Keeper, int]]:
     app = Keeper()
-    config = uvicorn.Config(app, http=StampedProtocol, lifespan="off", log_config=None)
+    options = connection_options(Settings(_env_file=None))
+    config = uvicorn.Config(app, lifespan="off", log_config=None, **options)
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
