@@ -15,12 +15,12 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from fastapi import FastAPI, Request
-from fastapi.responses import RedirectResponse, Response
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
 import service
-from service import openapi, streaming
+from service import openapi, page, streaming
 from service.errors import (
     BodyTimeout,
     CallerGone,
@@ -253,7 +253,7 @@ class Service:
         app.get("/healthz/live", name="live", **raw)(self._live)
         app.get("/healthz/ready", name="ready", responses=openapi.problems(Stopped), **raw)(self._ready)
         app.get("/metrics", name="metrics", **raw)(self._scrape)
-        app.get("/", include_in_schema=False)(_to_docs)
+        app.router.routes.extend(page.routes())
         return app
 
     async def _model(self) -> Response:
@@ -312,7 +312,3 @@ async def _documented_predict() -> Response:
     The budget is wall time inside the server, from the arrival of the request to the last byte of the answer.
     """
     raise AssertionError("requests to /predict never come this way; this is here for /docs")
-
-
-async def _to_docs() -> RedirectResponse:
-    return RedirectResponse("/docs")
