@@ -13,13 +13,13 @@ const POLL_MS = 2000;
 const WHY = {
   budget: "Nothing deeper fits into what is left.",
   confidence: "It is as sure as you asked for, so it stopped.",
-  deepest: "Nothing more accurate exists.",
+  deepest: "Nothing deeper is left to try.",
   load: "Something deeper would have fitted, but others needed the time.",
 };
 const FATE = {
   budget: "did not fit",
   confidence: "not needed: sure enough",
-  deepest: "would add nothing",
+  deepest: "would not make it better",
   load: "not run: others needed the time",
 };
 
@@ -46,8 +46,7 @@ async function call(path, options = {}) {
   let response;
   try {
     response = await fetch(path, { ...options, headers });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
+  } catch {
     throw new Problem("No connection", "The server cannot be reached: is it still running?");
   }
   if (response.status === 401) $("key-form").hidden = false;
@@ -220,7 +219,7 @@ function budgetMs() {
 }
 
 function milliseconds(ms) {
-  return ms < 1 ? ms.toFixed(2) : ms < 10 ? ms.toFixed(1) : ms.toFixed(0);
+  return ms < 0.995 ? ms.toFixed(2) : ms < 9.95 ? ms.toFixed(1) : ms.toFixed(0);
 }
 
 function percent(share) {
@@ -383,7 +382,10 @@ function renderFigures(samples) {
   const counts = served.columns.map(({ column }) => sum("anytime_answers_total", (labels) => labels.column === column));
   $("attainment").textContent = all ? percent(answered / all) : "–";
   $("attainment-of").textContent = `${answered.toLocaleString("en")} of ${all.toLocaleString("en")} requests`;
-  [...$("shares").children].forEach((share, i) => share.style.setProperty("--share", counts[i]));
+  [...$("shares").children].forEach((share, i) => {
+    share.hidden = !counts[i];
+    share.style.setProperty("--share", counts[i]);
+  });
   $("by-column").textContent = served.columns
     .map(({ column }, i) => `column ${column}: ${counts[i].toLocaleString("en")}`)
     .join(", ");
