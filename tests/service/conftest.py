@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -138,7 +138,7 @@ def server(inference: Inference) -> Iterator[Running]:
 
 
 class BlockedSession:
-    """An onnxruntime session whose runs last until they are released, one by one or all, or fail if told so."""
+    """An onnxruntime session whose runs last until released, one by one or all, or fail if told so."""
 
     def __init__(self) -> None:
         self.started = threading.Event()
@@ -171,6 +171,3 @@ def blocked(launch: Launcher, session: BlockedSession, inference: Inference) -> 
     sessions = dict.fromkeys(toy_artifact.COLUMNS, session)
     waiting = Inference(inference.manifest, sessions, provider="cpu", sha256="0" * 64)
     return launch(inference=waiting, brief_run_ms=0.0)  # a brief run would hold the server up, too
-
-
-Launch = Callable[..., Running]

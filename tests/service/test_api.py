@@ -20,7 +20,7 @@ from service.inference import Inference
 from service.models import Answer, Asked, Model
 from service.settings import Settings
 from tests.service import toy_artifact
-from tests.service.conftest import BATCH_SIZES, Launcher, Running, profile_of
+from tests.service.conftest import BATCH_SIZES, BlockedSession, Launcher, Running, profile_of
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (toy_artifact.HEIGHT, toy_artifact.WIDTH, 3), np.uint8)
 RAW = {"content-type": "application/octet-stream"}
@@ -205,40 +205,6 @@ def test_what_cannot_be_had_in_time_is_rejected_with_both_retry_headers(launch: 
     assert_problem(rejected, 429, "grant at least 100")
     assert int(rejected.headers["retry-after"]) >= 1
     assert int(rejected.headers["retry-after-ms"]) >= 1
-
-
-class BlockedSession:
-    """An onnxruntime session whose runs last until they are released, or fail if told so."""
-
-    def __init__(self) -> None:
-        self.started = threading.Event()
-        self.released = threading.Event()
-        self.n_images: list[int] = []
-        self.fails = False
-
-    def run(self, _: list[str], inputs: dict[str, NDArray[np.uint8]], /) -> list[NDArray[np.float32]]:
-        n = len(inputs["images_NHWC"])
-        self.n_images.append(n)
-        self.started.set()
-        assert self.released.wait(30)
-        if self.fails:
-            raise RuntimeError("CUDA error 700")
-        return [np.zeros((n, len(toy_artifact.LABELS)), np.float32)]
-
-
-@pytest.fixture
-def session() -> Iterator[BlockedSession]:
-    session = BlockedSession()
-    yield session
-    session.released.set()
-
-
-@pytest.fixture
-def blocked(launch: Launcher, session: BlockedSession, inference: Inference) -> Running:
-    """A server whose every run waits for `session.released`."""
-    sessions = dict.fromkeys(toy_artifact.COLUMNS, session)
-    waiting = Inference(inference.manifest, sessions, provider="cpu", sha256="0" * 64)
-    return launch(inference=waiting, brief_run_ms=0.0)  # a brief run would hold the server up, too
 
 
 class Caller(threading.Thread):
@@ -433,7 +399,6 @@ def test_the_model_describes_itself(server: Running) -> None:
 def test_health_and_documentation(server: Running) -> None:
     assert server.client.get("/healthz/live").json() == {"status": "live"}
     assert server.client.get("/healthz/ready").json() == {"status": "ready"}
-    assert server.client.get("/").headers["location"] == "/docs"
     assert "swagger" in server.client.get("/docs").text
     operation = server.client.get("/openapi.json").json()["paths"]["/predict"]["post"]
     assert {parameter["name"] for parameter in operation["parameters"]} == {
