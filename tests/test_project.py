@@ -61,7 +61,6 @@ def test_the_import_rules_allow_the_way_the_layers_point(tmp_path: Path) -> None
             "service.__main__": "import service.api, service.repository, uvicorn",
             "service.api": "import service.streaming, service.engine, fastapi",
             "service.streaming": "import service.exchange, service.models, asyncio",
-            "service.exchange": "import service.engine, service.errors",
             "service.repository": "import service.models, service.metrics",
             "service.models": "import service.profiling, service.decoding",
             "service.exchange": "import service.protocol, service.models",

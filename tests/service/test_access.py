@@ -12,7 +12,6 @@ from service.access import Access, Rates, client_of, door_of, hashed, is_probe, 
 from service.errors import Forbidden, QueryTooLong, TooManyRequests, Unauthorized
 from service.settings import KEY_HASH, Settings, SettingsError
 from tests.service import toy_artifact
-from tests.service.conftest import Launcher, Running
 
 KEY, HASH = new_key()
 ADMIN_KEY, ADMIN_HASH = new_key()
