@@ -49,6 +49,7 @@ class Running:
     """A server in a thread of its own, and a client that keeps its connection."""
 
     service: Service
+    repository: Repository
     loop: asyncio.AbstractEventLoop
     address: tuple[str, int]
     client: httpx.Client
@@ -102,7 +103,8 @@ class Launcher:
         chosen = Settings(_env_file=None, **{"profile_cache": None, **settings})
         served = inference or self.inference
         model = Model(chosen, served, InferenceThread(served), profile or profile_of(1e-5))
-        service = Service(chosen, Repository(chosen, model))
+        repository = Repository(chosen, model)
+        service = Service(chosen, repository)
         listener = socket.create_server(("127.0.0.1", 0))
         options = connection_options(chosen)
         server = _Server(uvicorn.Config(service, log_config=None, lifespan="on", access_log=False, **options))
@@ -115,7 +117,7 @@ class Launcher:
         address = listener.getsockname()
         client = httpx.Client(base_url=f"http://127.0.0.1:{address[1]}", timeout=30, trust_env=False)
         self.stack.callback(client.close)
-        return Running(service, server.loop, address, client)
+        return Running(service, repository, server.loop, address, client)
 
     def __enter__(self) -> Self:
         return self

@@ -111,11 +111,11 @@ def manifest(graphs: dict[str, bytes]) -> dict[str, Any]:
     }
 
 
-def write(folder: Path) -> Path:
+def write(folder: Path, version: str = "7") -> Path:
     """Write the whole artifact into a folder and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     graphs = {column: graph(column) for column in COLUMNS}
     for column, content in graphs.items():
         (folder / f"column-{column}.onnx").write_bytes(content)
-    (folder / "manifest.json").write_text(json.dumps(manifest(graphs)))
+    (folder / "manifest.json").write_text(json.dumps(manifest(graphs) | {"version": version}))
     return folder

@@ -1,0 +1,197 @@
+"""Models come and go beside serving: whole or not at all, and nobody who is inside is turned out."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.errors import NotFound, NotLoadable, Problem, Stopped
+from service.inference import ArtifactError, Inference
+from service.repository import Repository, prepare
+from service.settings import Settings
+from tests.service import toy_artifact
+from tests.service.conftest import BlockedSession, Launcher, Running
+
+BODY = bytes(toy_artifact.HEIGHT * toy_artifact.WIDTH * 3)
+RAW = {"content-type": "application/octet-stream"}
+URL = "/predict?budget_ms=5000"
+QUICKLY: dict[str, Any] = {"profile_seconds": 0.01, "batch_sizes": (1, 2)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A repository with three versions of the model that is served, the first of which it is."""
+    for version in ("7", "9", "10"):
+        toy_artifact.write(tmp_path / "toy" / version, version)
+    return tmp_path
+
+
+@pytest.fixture
+def server(launch: Launcher, folder: Path) -> Running:
+    return launch(model_repository=folder, **QUICKLY)
+
+
+def version_that_answers(server: Running) -> str:
+    response = server.client.post(URL, content=BODY, headers=RAW)
+    assert response.status_code == 200, response.text
+    return str(response.json()["version"])
+
+
+def states(server: Running) -> dict[str, str]:
+    listed = asyncio.run_coroutine_threadsafe(server.repository.index(), server.loop).result()
+    return {f"{one.name}/{one.version}": one.state for one in listed}
+
+
+@pytest.mark.parametrize(("asked", "loaded"), [("", "10"), ("9", "9"), ("10", "10")])
+def test_a_version_takes_the_place_of_the_one_before(server: Running, asked: str, loaded: str) -> None:
+    assert version_that_answers(server) == "7"
+    server.on_loop(server.repository.load("toy", asked))
+    assert version_that_answers(server) == loaded
+    assert server.client.get("/model").json()["version"] == loaded
+    ready = [name for name, state in states(server).items() if state == "READY"]
+    assert ready == [f"toy/{loaded}"]
+    assert 'model="toy",provider="cpu",sha256=' in server.client.get("/metrics").text
+    assert server.client.get("/metrics").text.count("anytime_model_info{") == 1
+
+
+def test_versions_may_stay_side_by_side(server: Running) -> None:
+    server.on_loop(server.repository.load("toy", "9", keep_others=True))
+    assert server.repository.model().version == "9"
+    assert server.repository.model("toy", "7").version == "7"
+    assert server.repository.versions("toy") == ["7", "9"]
+    server.on_loop(server.repository.unload("toy", "9"))
+    assert version_that_answers(server) == "7"
+
+
+def test_a_swap_fails_no_request(server: Running) -> None:
+    """Callers in a row all the while: each is answered, first by the old version, then by the new one."""
+    seen: list[tuple[int, str]] = []
+    is_over = threading.Event()
+
+    def call() -> None:
+        while not is_over.is_set() or seen[-1][1] == "7":
+            response = server.client.post(URL, content=BODY, headers=RAW)
+            seen.append((response.status_code, str(response.json().get("version"))))
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    server.on_loop(server.repository.load("toy", "10"))
+    is_over.set()
+    caller.join()
+    assert {status for status, _ in seen} == {200}
+    versions = [version for _, version in seen]
+    assert versions == sorted(versions, key=int)
+    assert set(versions) == {"7", "10"}
+
+
+def test_who_is_inside_is_answered_by_the_version_that_took_it_in(
+    launch: Launcher, folder: Path, inference: Inference, session: BlockedSession
+) -> None:
+    waiting = Inference(
+        inference.manifest, dict.fromkeys(toy_artifact.COLUMNS, session), provider="cpu", sha256="0" * 64
+    )
+    server = launch(inference=waiting, model_repository=folder, **QUICKLY)
+    answers: list[str] = []
+    caller = threading.Thread(target=lambda: answers.append(version_that_answers(server)))
+    caller.start()
+    assert session.started.wait(30)
+    swap = asyncio.run_coroutine_threadsafe(server.repository.load("toy", "9"), server.loop)
+    while states(server)["toy/9"] != "READY":
+        pass
+    assert states(server)["toy/7"] == "UNLOADING"
+    assert not swap.done()
+    session.released.set()
+    caller.join()
+    swap.result()
+    assert answers == ["7"]
+    assert states(server)["toy/7"] == "UNAVAILABLE"
+
+
+def damage(folder: Path) -> None:
+    (folder / "column-2.onnx").write_bytes(b"damaged")
+
+
+def rename(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"version": "11"}))
+
+
+@pytest.mark.parametrize(("break_", "says"), [(damage, "SHA-256 differs"), (rename, "version '11'")])
+def test_what_cannot_be_loaded_changes_nothing(
+    server: Running, folder: Path, break_: Callable[[Path], None], says: str
+) -> None:
+    break_(folder / "toy" / "9")
+    with pytest.raises(NotLoadable, match=says):
+        server.on_loop(server.repository.load("toy", "9"))
+    assert version_that_answers(server) == "7"
+    listed = asyncio.run_coroutine_threadsafe(server.repository.index(), server.loop).result()
+    assert [says in one.reason for one in listed if one.version == "9"] == [True]
+    assert states(server)["toy/9"] == "UNAVAILABLE"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "says"),
+    [("max_models", 1, "set max_models"), ("load_timeout_s", 1e-6, "set load_timeout_s")],
+)
+def test_loading_has_bounds(launch: Launcher, folder: Path, setting: str, value: float, says: str) -> None:
+    server = launch(model_repository=folder, **QUICKLY, **{setting: value})
+    with pytest.raises(NotLoadable, match=says):
+        server.on_loop(server.repository.load("toy", "9"))
+    assert version_that_answers(server) == "7"
+
+
+@pytest.mark.parametrize("name", ["dog", "..", ".", "", "toy/7", "../toy", "*", "toy\0"])
+def test_only_what_is_in_the_repository_can_be_loaded(server: Running, name: str) -> None:
+    with pytest.raises(NotFound, match="The repository has no"):
+        server.on_loop(server.repository.load(name))
+    with pytest.raises(NotFound, match="The repository has no"):
+        server.on_loop(server.repository.load("toy", name or "11"))
+
+
+def test_without_a_repository_nothing_can_be_loaded(launch: Launcher) -> None:
+    server = launch()
+    with pytest.raises(NotFound, match="model_repository"):
+        server.on_loop(server.repository.load("toy"))
+
+
+def test_an_unloaded_model_is_answered_with_503_and_can_come_back(server: Running) -> None:
+    server.on_loop(server.repository.unload("toy"))
+    assert server.client.post(URL, content=BODY, headers=RAW).status_code == 503
+    assert server.client.get("/healthz/ready").status_code == 503
+    with pytest.raises(NotFound, match="is not loaded"):
+        server.on_loop(server.repository.unload("toy"))
+    server.on_loop(server.repository.load("toy"))
+    assert version_that_answers(server) == "10"
+    assert server.client.get("/healthz/ready").status_code == 200
+
+
+def test_a_server_that_stops_loads_nothing(server: Running) -> None:
+    loading = asyncio.run_coroutine_threadsafe(server.repository.load("toy"), server.loop)
+    server.on_loop(server.service.drain())
+    with pytest.raises(Stopped):
+        loading.result()
+    with pytest.raises(Stopped):
+        server.on_loop(server.repository.load("toy"))
+
+
+def prepared(**settings: Any) -> Repository:
+    return asyncio.run(prepare(Settings(profile_cache=None, **QUICKLY, **settings)))
+
+
+def test_models_are_loaded_from_the_start(artifact: Path, folder: Path) -> None:
+    repository = prepared(artifact=artifact, model_repository=folder, models=("toy/9",))
+    assert repository.model().version == "9"
+    assert repository.model("toy", "7").version == "7"
+    with pytest.raises(ArtifactError, match="ANYTIME_MODELS names dog"):
+        prepared(artifact=artifact, model_repository=folder, models=("dog",))
+
+
+def test_a_model_that_is_not_loaded_is_not_found(server: Running) -> None:
+    problem: type[Problem]
+    for name, version, problem in (("dog", "", NotFound), ("toy", "8", NotFound)):
+        with pytest.raises(problem, match="is not loaded"):
+            server.repository.model(name, version)
