@@ -17,10 +17,12 @@ from urllib.parse import parse_qsl
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
-from starlette.types import Message, Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import service
 from service import openapi, page, streaming
+from service.access import Access
 from service.errors import (
     BodyTimeout,
     CallerGone,
@@ -37,7 +39,7 @@ from service.errors import (
     TooLarge,
     UnsupportedType,
 )
-from service.exchange import CLIENT_GONE, Exchange, Headers, arrived_s, problem_document
+from service.exchange import CLIENT_GONE, Exchange, Headers, Room, arrived_s, problem_document
 from service.metrics import CONTENT_TYPE
 from service.models import Answer, Asked, Model, settled
 from service.repository import Repository
@@ -71,20 +73,37 @@ class Service:
         self._settings = settings
         self._repository = repository
         self._clock = clock
+        self._access = Access(settings, clock)
+        self._room = Room(settings.max_bodies_bytes)
         self._n_open = 0
         self._n_requests = 0
         self._id_prefix = secrets.token_hex(8).encode()
         self._app = self._routes()
+        self._answer_all: ASGIApp = self._answer_one
+        if settings.cors_origins:
+            self._answer_all = CORSMiddleware(
+                self._answer_one,
+                allow_origins=settings.cors_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=["X-Request-Id", "Retry-After", "Retry-After-Ms"],
+            )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request; those to /predict go their own short way, everything else through FastAPI."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+        """Serve one request."""
+        await (self._answer_all if scope["type"] == "http" else self._app)(scope, receive, send)
+
+    async def _answer_one(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Those to /predict go their own short way, everything else through FastAPI."""
         request_id = self._request_id(scope)
+        exchange = Exchange(scope, receive, send, request_id, arrived_s(scope, self._clock()))
         if scope["path"] == "/predict":
-            exchange = Exchange(scope, receive, send, request_id, arrived_s(scope, self._clock()))
             await self.counted(exchange, self._predict)
+            return
+        try:
+            self._let_in(exchange)
+        except Problem as problem:
+            await exchange.respond(*problem_document(problem))
             return
 
         async def send_named(message: Message) -> None:
@@ -93,6 +112,16 @@ class Service:
             await send(message)
 
         await self._app(scope, receive, send_named)
+
+    def _let_in(self, exchange: Exchange) -> None:
+        """Refuse whoever may not come in, before anything is read but the head.
+
+        Raises:
+            Problem: why not.
+        """
+        scope = exchange.scope
+        address = scope["client"][0] if scope.get("client") else ""
+        self._access.check(scope["path"], scope["query_string"], exchange.headers, address)
 
     def _request_id(self, scope: Scope) -> tuple[bytes, bytes]:
         """The header that names this request: the caller's own name for it, if that is a sane one."""
@@ -121,6 +150,7 @@ class Service:
         """
         self._n_open += 1
         try:
+            self._let_in(exchange)
             self._check_room()
             await answer(exchange)
             exchange.ended_s = self._clock()
@@ -136,6 +166,7 @@ class Service:
             await exchange.respond(*document(Failed(OUR_FAULT)))
         finally:
             self._n_open -= 1
+            self._room.give_back(exchange.n_taken_bytes)
             self._count(exchange)
 
     def _check_room(self) -> None:
@@ -174,7 +205,7 @@ class Service:
         model = self._repository.model()
         asked, stream = self._parameters(exchange, model)
         deadline_s = exchange.arrived_s + asked.budget_s
-        body = await exchange.body(self._settings, self._clock, deadline_s, model.engine.refusal)
+        body = await exchange.body(self._settings, self._clock, deadline_s, model.engine.refusal, self._room)
         model = self._repository.model()  # another one may have taken its place while the body came
         with model.inside():
             model.engine.check_admission(exchange.arrived_s, deadline_s)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import orjson
 from starlette.types import Message, Receive, Scope, Send
 
+from service import compression
 from service.engine import Served
 from service.errors import BodyTimeout, CallerGone, Problem, Rejected, TooLarge
 from service.protocol import CONNECTION, RECEIVED_S, StampedProtocol
@@ -21,6 +22,28 @@ Headers = Sequence[tuple[bytes, bytes]]
 PROBLEM_HEADER = (b"content-type", b"application/problem+json")
 CLIENT_GONE = 499
 """Never sent: marks the end of an exchange whose caller has gone (nginx's word for it)."""
+
+
+class Room:
+    """Memory for the bodies of all open requests together.
+
+    Args:
+        limit_bytes: Of all.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._left_bytes = limit_bytes
+
+    def take(self, n_bytes: int) -> bool:
+        """Have so much of it; false if it is not there."""
+        if n_bytes > self._left_bytes:
+            return False
+        self._left_bytes -= n_bytes
+        return True
+
+    def give_back(self, n_bytes: int) -> None:
+        """Have it no longer."""
+        self._left_bytes += n_bytes
 
 
 @dataclass(slots=True)
@@ -42,6 +65,8 @@ class Exchange:
     arrived_s: float
     headers: Mapping[bytes, bytes] = field(init=False)
     """The request's, by lower-case name; of a name that comes twice the last."""
+    n_taken_bytes: int = 0
+    """Of the room for bodies."""
     served: Served | None = None
     status: int = CLIENT_GONE
     ended_s: float = math.inf
@@ -74,6 +99,7 @@ class Exchange:
         clock: Callable[[], float],
         deadline_s: float,
         refuse: Callable[[str], Rejected],
+        room: Room,
     ) -> bytes:
         """Read the body within its bounds; one that is slower than the budget is refused when that ends.
 
@@ -81,12 +107,14 @@ class Exchange:
             settings: The bounds.
             clock: Monotonic time [s].
             deadline_s: On that clock; infinity if the body itself says what the budget is.
-            refuse: Makes the refusal of a request whose budget has ended.
+            refuse: Makes the refusal of a request whose budget has ended, or for which there is no room.
+            room: For the bodies of all requests; whoever ends the exchange gives `n_taken_bytes` back.
 
         Raises:
-            TooLarge: more bytes than the setting `max_body_bytes`, declared or sent.
+            TooLarge: more bytes than the setting `max_body_bytes`, declared, sent or undone.
+            UnsupportedEncoding: it is compressed in a way that is not taken.
             BodyTimeout: it took longer than the setting `body_timeout_s`.
-            Rejected: it took longer than the budget.
+            Rejected: it took longer than the budget, or other bodies fill the room.
             CallerGone: it will never come.
         """
         limit = settings.max_body_bytes
@@ -101,17 +129,31 @@ class Exchange:
                     message = await self.receive()
                     if message["type"] == "http.disconnect":
                         raise CallerGone
-                    body += message.get("body", b"")
-                    if len(body) > limit:
+                    part = message.get("body", b"")
+                    if len(body) + len(part) > limit:
                         raise _too_large(limit)
+                    self._take(room, len(part), refuse)
+                    body += part
                     if not message.get("more_body"):
-                        return bytes(body)
+                        break
+                encoding = self.headers.get(b"content-encoding", b"").decode("latin-1")
+                if not encoding:
+                    return bytes(body)
+                # In a thread: a few kilobytes may become as many as are allowed.
+                undone = await asyncio.to_thread(compression.undo, encoding, bytes(body), limit)
+                self._take(room, len(undone), refuse)
+                return undone
         except TimeoutError as error:
             if left_s <= timeout_s:
                 raise refuse(
                     "The budget was used up before the picture was here: grant more or send it faster."
                 ) from error
             raise BodyTimeout(f"The body did not arrive within {timeout_s:g} s: send it faster.") from error
+
+    def _take(self, room: Room, n_bytes: int, refuse: Callable[[str], Rejected]) -> None:
+        if not room.take(n_bytes):
+            raise refuse("The bodies of other requests fill the memory that there is for them: retry later.")
+        self.n_taken_bytes += n_bytes
 
     @contextlib.contextmanager
     def called_when_gone(self, leave: Callable[[], None]) -> Iterator[None]:

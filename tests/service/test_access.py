@@ -12,6 +12,7 @@ from service.access import Access, Rates, client_of, door_of, hashed, is_probe, 
 from service.errors import Forbidden, QueryTooLong, TooManyRequests, Unauthorized
 from service.settings import KEY_HASH, Settings, SettingsError
 from tests.service import toy_artifact
+from tests.service.conftest import Launcher
 
 KEY, HASH = new_key()
 ADMIN_KEY, ADMIN_HASH = new_key()
@@ -266,3 +267,59 @@ def test_health_is_what_orchestrators_ask_for() -> None:
     assert is_probe("/healthz/ready")
     assert is_probe("/v2/health/live")
     assert not is_probe("/predict")
+
+
+# ---- at the door of the server ----
+
+
+def test_with_keys_predictions_need_one_and_what_people_look_at_stays_open(launch: Launcher) -> None:
+    server = launch(api_keys=(HASH,), admin_keys=(ADMIN_HASH,))
+    url = "/predict?budget_ms=5000"
+    for headers in ({}, {"x-api-key": "anytime_wrong"}, {"authorization": f"Basic {KEY}"}):
+        refused = server.client.post(url, content=PIXELS, headers=RAW | headers)
+        assert refused.status_code == 401
+        assert refused.headers["www-authenticate"] == "Bearer"
+        assert refused.json()["type"] == "urn:anytime:problem:unauthorized"
+        assert "x-request-id" in refused.headers
+    assert server.client.post(url, content=PIXELS, headers=RAW | {"x-api-key": ADMIN_KEY}).status_code == 403
+    for headers in (BEARER, {"x-api-key": KEY}):
+        assert server.client.post(url, content=PIXELS, headers=RAW | headers).status_code == 200
+    for path in ("/", "/model", "/metrics", "/healthz/live", "/healthz/ready", "/docs", "/openapi.json"):
+        assert server.client.get(path).status_code == 200, path
+    assert server.metric('anytime_requests_total{outcome="invalid"}') == 4
+    assert server.metric('anytime_requests_total{outcome="answered"}') == 2
+
+
+def test_a_client_that_comes_too_often_is_told_when_to_come_again(launch: Launcher) -> None:
+    server = launch(max_requests_per_second=0.01, request_burst=2)
+    url = "/predict?budget_ms=5000"
+    statuses = [server.client.post(url, content=PIXELS, headers=RAW).status_code for _ in range(2)]
+    refused = server.client.post(url, content=PIXELS, headers=RAW)
+    assert [*statuses, refused.status_code] == [200, 200, 429]
+    assert 0 < int(refused.headers["retry-after"]) <= 100
+    assert server.client.get("/model").status_code == 429
+    assert server.client.get("/healthz/live").status_code == 200
+
+
+def test_a_query_that_is_too_long_is_not_read(launch: Launcher) -> None:
+    server = launch(max_query_bytes=20)
+    for path in ("/predict", "/model"):
+        refused = server.client.post(f"{path}?budget_ms={'0' * 20}1", content=PIXELS, headers=RAW)
+        assert refused.status_code == 414
+        assert "20" in refused.json()["detail"]
+
+
+def test_pages_of_other_origins_may_call_only_if_they_are_listed(launch: Launcher) -> None:
+    origin = {"origin": "https://example.org"}
+    asking = origin | {"access-control-request-method": "POST", "access-control-request-headers": "x-api-key"}
+    closed, open_ = launch(), launch(cors_origins=("https://example.org",))
+    for path in ("/predict", "/model"):
+        assert "access-control-allow-origin" not in closed.client.options(path, headers=asking).headers
+        allowed = open_.client.options(path, headers=asking)
+        assert allowed.status_code == 200
+        assert allowed.headers["access-control-allow-origin"] == "https://example.org"
+        other = open_.client.options(path, headers=asking | {"origin": "https://example.com"})
+        assert "access-control-allow-origin" not in other.headers
+    answered = open_.client.post("/predict?budget_ms=5000", content=PIXELS, headers=RAW | origin)
+    assert answered.headers["access-control-allow-origin"] == "https://example.org"
+    assert "access-control-allow-credentials" not in answered.headers
