@@ -57,9 +57,9 @@ $(VENV)/all: $(VENV)/made pyproject.toml constraints.txt
 # ---- use ----
 
 .PHONY: serve train export evaluate
-serve: $(VENV)/serve ## start the server (needs no torch); ARGS go to python -m service
+serve: $(VENV)/serve ## start the server (needs no torch); ARGS go to python -m service serve
 	$(call say,Starting the server: it loads the model$(,) measures this machine for a few seconds and says when it is ready. Ctrl-C stops it.)
-	@exec $(PY) -m service $(ARGS)
+	@exec $(PY) -m service serve $(ARGS)
 
 train: $(VENV)/all ## train a network; ARGS go to python -m model.train
 	$(call say,Training.)

@@ -3,9 +3,9 @@
     python -m loadtests.plane --data data --loads 0.5,0.8,1.0,1.5 --arrivals poisson,gamma-4 --seconds 6 \
         --out loadtests/results/plane
 
-Starts `python -m service` once per policy, on this machine, and keeps all of them up; only one is under load
-at a time. For each load and shape every policy gets the very same requests (due times, budgets, pictures),
-sent by an open loop from this process, in an order shuffled anew each time. Load 1 is the rate at which the
+Starts `python -m service serve` once per policy, on this machine, and keeps all of them up; only one is under
+load at a time. For each load and shape every policy gets the very same requests (due times, budgets,
+pictures), sent by an open loop from this process, in an order shuffled anew each time. Load 1 is the rate at which the
 shallowest column alone saturates the server, measured at the beginning of the run. Also told: how much time
 the server added to inference, and whether an answer claimed its deadline falsely. Knows the service only over
 HTTP.
@@ -68,7 +68,7 @@ def serving(policy: str, artifact: Path, log: Path) -> Iterator[Server]:
     settings = {"ANYTIME_POLICY": policy, "ANYTIME_PORT": str(port), "ANYTIME_ARTIFACT": str(artifact)}
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "service"],
+            [sys.executable, "-m", "service", "serve"],
             env=os.environ | settings,
             stdin=subprocess.DEVNULL,
             stdout=file,

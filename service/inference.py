@@ -270,8 +270,7 @@ def load(
 
     Cost: reads and hashes every file and optimises every graph; tenths of a second.
     """
-    manifest, sha256 = read_manifest(folder)
-    graphs = {rung.column: _verified_bytes(folder, rung) for rung in manifest.rungs}
+    manifest, sha256, graphs = verify(folder)
     chosen = _choose_provider(provider)
     try:
         sessions = _open_sessions(manifest, graphs, chosen, intra_op_threads)
@@ -291,6 +290,16 @@ def load(
         sha256=sha256,
         padded_sizes=batch_sizes if chosen == "cuda" else (),
     )
+
+
+def verify(folder: Path) -> tuple[Manifest, str, dict[str, bytes]]:
+    """Read a whole artifact; returns its manifest, the SHA-256 of that, and each column's graph.
+
+    Raises:
+        ArtifactError: a file is missing, altered or not what the manifest says.
+    """
+    manifest, sha256 = read_manifest(folder)
+    return manifest, sha256, {rung.column: _verified_bytes(folder, rung) for rung in manifest.rungs}
 
 
 def read_manifest(folder: Path) -> tuple[Manifest, str]:

@@ -47,7 +47,11 @@ class Settings(BaseSettings):
     """One frozen record of every setting; `load` reads it from the environment."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, frozen=True, extra="forbid", cli_kebab_case=True, cli_prog_name="python -m service"
+        env_prefix=PREFIX,
+        frozen=True,
+        extra="forbid",
+        cli_kebab_case=True,
+        cli_prog_name="python -m service serve",
     )
 
     artifact: Path = Field(

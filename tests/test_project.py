@@ -27,7 +27,8 @@ SKELETON = {
     ),
     "loadtests": ("__init__", "arrivals", "simulate", "report"),
     "service": (
-        *("__init__", "__main__", "api", "streaming", "page", "exchange", "oip"),
+        *("__init__", "__main__", "serving", "client", "inspection"),
+        *("api", "streaming", "page", "exchange", "oip"),
         *("protocol", "access", "repository", "models", "profiling", "engine"),
         *("inference", "metrics", "errors", "settings", "decoding"),
         *("policies", "scheduling", "waiting", "ladder", "latency"),
@@ -58,7 +59,10 @@ def test_the_import_rules_allow_the_way_the_layers_point(tmp_path: Path) -> None
     linted = lint(
         tmp_path,
         **{
-            "service.__main__": "import service.api, service.repository, uvicorn",
+            "service.__main__": "import service.serving, service.client, service.inspection",
+            "service.serving": "import service.api, service.repository, uvicorn",
+            "service.client": "import httpx",
+            "service.inspection": "import service.models, service.inference",
             "service.api": "import service.streaming, service.engine, fastapi",
             "service.streaming": "import service.exchange, service.models, asyncio",
             "service.repository": "import service.models, service.metrics",
@@ -109,6 +113,8 @@ def test_the_import_rules_allow_the_way_the_layers_point(tmp_path: Path) -> None
         ("service.latency", "service.ladder"),
         ("service.policies", "service.settings"),
         ("service.api", "service.__main__"),
+        ("service.api", "service.serving"),
+        ("service.client", "service.serving"),
         ("service.engine", "service.api"),
         ("service.engine", "service.oip"),
         ("service.engine", "service.profiling"),

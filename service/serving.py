@@ -1,0 +1,103 @@
+"""`serve`: prepare everything, say where it listens, serve until told to stop.
+
+Must not know what is asked or answered.
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import sys
+from collections.abc import Sequence
+
+import uvicorn
+
+from service import repository, settings
+from service.api import Service
+from service.inference import ArtifactError
+from service.protocol import allow_open_files, connection_options
+from service.settings import Settings, SettingsError
+
+logger = logging.getLogger("service")
+
+BACKLOG = 2048
+"""Connections that wait to be accepted; beyond it the system turns callers away."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn, but the service drains first: uvicorn alone would wait for requests that nobody settles.
+
+    What listens beside HTTP is started and stopped here, too: in `startup` and `shutdown`.
+    """
+
+    def __init__(self, config: uvicorn.Config, app: Service) -> None:
+        super().__init__(config)
+        self._app = app
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Settle every request, then close the connections."""
+        logger.info("Stopping: no new requests; those in progress are being settled.")
+        await self._app.drain()
+        await super().shutdown(sockets)
+
+
+def listen(chosen: Settings) -> socket.socket:
+    """Open the listening socket.
+
+    Raises:
+        SettingsError: the address cannot be listened on.
+    """
+    family = socket.AF_INET6 if ":" in chosen.host else socket.AF_INET
+    try:
+        return socket.create_server((chosen.host, chosen.port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise SettingsError(
+            f"Cannot listen on {chosen.host} port {chosen.port} ({error.strerror}): "
+            "choose another with ANYTIME_HOST and ANYTIME_PORT."
+        ) from error
+
+
+def http_config(chosen: Settings, app: Service) -> uvicorn.Config:
+    """Everything that uvicorn is told.
+
+    Raises:
+        SettingsError: the files for TLS cannot be used.
+    """
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(chosen.drain_timeout_s)),
+        **connection_options(chosen),
+    )
+
+
+def serve(arguments: Sequence[str]) -> int:
+    """Serve until told to stop; returns the exit status.
+
+    Args:
+        arguments: Settings as options, which win over the environment.
+
+    Raises:
+        SystemExit: `--help` was asked for, or an option is unknown (status 2).
+    """
+    try:
+        chosen = settings.load(arguments)
+        logging.basicConfig(level=chosen.log_level.upper(), format="%(levelname)-7s %(message)s")
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        allow_open_files(chosen)
+        app = Service(chosen, asyncio.run(repository.prepare(chosen)))
+        config = http_config(chosen, app)
+        listener = listen(chosen)
+    except (SettingsError, ArtifactError) as error:
+        print(f"service: {error}", file=sys.stderr)
+        return 2
+    host = f"[{chosen.host}]" if ":" in chosen.host else chosen.host
+    url = f"{'https' if chosen.tls_certificate else 'http'}://{host}:{listener.getsockname()[1]}"
+    logger.info("Ready at %s (documentation at %s/docs). Try:", url, url)
+    logger.info("  curl -F image=@picture.jpg '%s/predict?budget_ms=%g'", url, chosen.default_budget_ms)
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down
+        Server(config, app).run(sockets=[listener])
+    return 0
