@@ -95,8 +95,10 @@ def test_who_is_inside_is_answered_by_the_version_that_took_it_in(
         inference.manifest, dict.fromkeys(toy_artifact.COLUMNS, session), provider="cpu", sha256="0" * 64
     )
     server = launch(inference=waiting, model_repository=folder, **QUICKLY)
-    answers: list[str] = []
-    caller = threading.Thread(target=lambda: answers.append(version_that_answers(server)))
+    answers: list[dict[str, Any]] = []
+    caller = threading.Thread(
+        target=lambda: answers.append(server.client.post(URL, content=BODY, headers=RAW).json())
+    )
     caller.start()
     assert session.started.wait(30)
     swap = asyncio.run_coroutine_threadsafe(server.repository.load("toy", "9"), server.loop)
@@ -107,7 +109,8 @@ def test_who_is_inside_is_answered_by_the_version_that_took_it_in(
     session.released.set()
     caller.join()
     swap.result()
-    assert answers == ["7"]
+    ((version, columns_run),) = [(answer["version"], answer["columns_run"]) for answer in answers]
+    assert (version, columns_run) == ("7", ["1", "2", "3"])
     assert states(server)["toy/7"] == "UNAVAILABLE"
 
 
