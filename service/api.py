@@ -5,7 +5,6 @@ Must not know how an answer is scheduled or computed: it asks a model and waits.
 
 import contextlib
 import logging
-import math
 import re
 import secrets
 import time
@@ -41,7 +40,7 @@ from service.errors import (
 )
 from service.exchange import CLIENT_GONE, Exchange, Headers, Room, arrived_s, problem_document
 from service.metrics import CONTENT_TYPE
-from service.models import Answer, Asked, Model, settled
+from service.models import Answer, Asked, Model, number, settled
 from service.repository import Repository
 from service.settings import Settings
 
@@ -240,17 +239,17 @@ class Service:
             asked["budget_ms"] = header.decode("latin-1")
         budget_ms = settings.default_budget_ms
         if "budget_ms" in asked:
-            budget_ms = _number(
+            budget_ms = number(
                 "budget_ms", asked["budget_ms"], settings.min_budget_ms, settings.max_budget_ms
             )
         top_k = 1.0
         if "top_k" in asked:
-            top_k = _number("top_k", asked["top_k"], 1, len(model.manifest.labels))
+            top_k = number("top_k", asked["top_k"], 1, len(model.manifest.labels))
             if not top_k.is_integer():
                 raise OutOfRange("top_k must be a whole number.")
         min_confidence = None
         if "min_confidence" in asked:
-            min_confidence = _number("min_confidence", asked["min_confidence"], 0, 1)
+            min_confidence = number("min_confidence", asked["min_confidence"], 0, 1)
         stream = streaming.chosen(asked.get("stream"), exchange.headers.get(b"accept", b""))
         return Asked(budget_ms / 1e3, int(top_k), min_confidence), stream
 
@@ -304,16 +303,6 @@ class Service:
     async def _scrape(self) -> Response:
         """Give all metrics."""
         return Response(self._repository.metrics.exposition(), headers={"content-type": CONTENT_TYPE})
-
-
-def _number(name: str, text: str, least: float, most: float) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not least <= value <= most:
-        raise OutOfRange(f"{name} must be a number from {least:g} to {most:g}, not {text[:40]!r}.")
-    return value
 
 
 async def _on_problem(_: Request, problem: Problem) -> Response:

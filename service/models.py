@@ -6,6 +6,7 @@ Must not know of HTTP, gRPC or other models.
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import random
 import sys
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from service import inference, profiling
 from service.decoding import Decoder
 from service.engine import Cancellable, Engine, InferenceThread, Request, Served
-from service.errors import CallerGone, Expired, Failed, Stopped
+from service.errors import CallerGone, Expired, Failed, OutOfRange, Stopped
 from service.inference import Inference, Manifest
 from service.latency import LatencyProfile, LiveProfile, Reserve
 from service.metrics import Metrics
@@ -49,6 +50,21 @@ class Asked:
     budget_s: float
     top_k: int = 1
     min_confidence: float | None = None
+
+
+def number(name: str, value: object, least: float, most: float) -> float:
+    """A parameter that a caller gave, as a number or as text.
+
+    Raises:
+        OutOfRange: it is neither, or out of its bounds.
+    """
+    given = math.nan
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            given = float(value)
+    if not least <= given <= most:
+        raise OutOfRange(f"{name} must be a number from {least:g} to {most:g}, not {str(value)[:40]!r}.")
+    return given
 
 
 @dataclass(frozen=True, slots=True)

@@ -252,6 +252,12 @@ class Settings(BaseSettings):
         ge=1,
         description="The bodies of all open requests together; above it 429. Larger: more memory.",
     )
+    max_images_per_request: int = Field(
+        32,
+        ge=1,
+        description="Pictures in one request of the Open Inference Protocol; above it 422. Larger: one "
+        "caller may fill more of the queue.",
+    )
     max_pixels: int = Field(
         25_000_000,
         ge=1,
