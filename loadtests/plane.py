@@ -5,10 +5,10 @@
 
 Starts `python -m service serve` once per policy, on this machine, and keeps all of them up; only one is under
 load at a time. For each load and shape every policy gets the very same requests (due times, budgets,
-pictures), sent by an open loop from this process, in an order shuffled anew each time. Load 1 is the rate at which the
-shallowest column alone saturates the server, measured at the beginning of the run. Also told: how much time
-the server added to inference, and whether an answer claimed its deadline falsely. Knows the service only over
-HTTP.
+pictures), sent by an open loop from this process, in an order shuffled anew each time. Load 1 is the rate at
+which the shallowest column alone saturates the server, measured at the beginning of the run. Also told: how
+much time the server added to inference, and whether an answer claimed its deadline falsely. Knows the service
+only over HTTP.
 """
 
 import argparse

@@ -87,6 +87,11 @@ def serve(arguments: Sequence[str]) -> int:
         chosen = settings.load(arguments)
         logging.basicConfig(level=chosen.log_level.upper(), format="%(levelname)-7s %(message)s")
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        for library in (
+            "PIL",
+            "python_multipart",
+        ):  # they would log what is wrong with a body, and parts of it
+            logging.getLogger(library).setLevel(logging.CRITICAL)
         allow_open_files(chosen)
         app = Service(chosen, asyncio.run(repository.prepare(chosen)))
         config = http_config(chosen, app)
