@@ -41,6 +41,7 @@ from service.errors import (
 from service.exchange import CLIENT_GONE, Exchange, Headers, Room, arrived_s, problem_document
 from service.metrics import CONTENT_TYPE
 from service.models import Answer, Asked, Model, number, settled
+from service.oip_http import EXCHANGE, OpenInference, error_document, is_infer
 from service.repository import Repository
 from service.settings import Settings
 
@@ -77,6 +78,7 @@ class Service:
         self._n_open = 0
         self._n_requests = 0
         self._id_prefix = secrets.token_hex(8).encode()
+        self._oip = OpenInference(settings, repository, self._room, clock)
         self._app = self._routes()
         self._answer_all: ASGIApp = self._answer_one
         if settings.cors_origins:
@@ -93,17 +95,21 @@ class Service:
         await (self._answer_all if scope["type"] == "http" else self._app)(scope, receive, send)
 
     async def _answer_one(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Those to /predict go their own short way, everything else through FastAPI."""
+        """Those for an answer go their own short way, everything else through FastAPI."""
         request_id = self._request_id(scope)
         exchange = Exchange(scope, receive, send, request_id, arrived_s(scope, self._clock()))
         if scope["path"] == "/predict":
             await self.counted(exchange, self._predict)
             return
+        if is_infer(scope["path"]):
+            await self.counted(exchange, self._oip.infer, error_document)
+            return
         try:
             self._let_in(exchange)
         except Problem as problem:
-            await exchange.respond(*problem_document(problem))
+            await exchange.respond(*_document_for(scope["path"])(problem))
             return
+        scope[EXCHANGE] = exchange
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -283,6 +289,7 @@ class Service:
         app.get("/healthz/live", name="live", **raw)(self._live)
         app.get("/healthz/ready", name="ready", responses=openapi.problems(Stopped), **raw)(self._ready)
         app.get("/metrics", name="metrics", **raw)(self._scrape)
+        app.include_router(self._oip.router())
         app.router.routes.extend(page.routes())
         return app
 
@@ -305,8 +312,13 @@ class Service:
         return Response(self._repository.metrics.exposition(), headers={"content-type": CONTENT_TYPE})
 
 
-async def _on_problem(_: Request, problem: Problem) -> Response:
-    status, headers, body = problem_document(problem)
+def _document_for(path: str) -> Callable[[Problem], tuple[int, Headers, bytes]]:
+    """What a problem looks like to those who call this path."""
+    return error_document if path == "/v2" or path.startswith("/v2/") else problem_document
+
+
+async def _on_problem(request: Request, problem: Problem) -> Response:
+    status, headers, body = _document_for(request.url.path)(problem)
     return Response(body, status, {name.decode(): value.decode() for name, value in headers})
 
 

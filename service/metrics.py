@@ -52,7 +52,10 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._requests = Counter(
-            "anytime_requests", "Requests to /predict by how they ended", ["outcome"], registry=self.registry
+            "anytime_requests",
+            "Requests for an answer by how they ended",
+            ["outcome"],
+            registry=self.registry,
         )
         self._latency_s = Histogram(
             "anytime_latency_seconds",
@@ -140,13 +143,13 @@ class Metrics:
         self._models.remove_by_labels({"model": name, "version": version})
 
     def count_request(self, outcome: Outcome) -> None:
-        """Count one request to /predict that got no prediction."""
+        """Count one request that got no prediction."""
         self._requests.labels(outcome).inc()
 
     def count_answer(
         self, *, outcome: Outcome, column: str, stopped_by: StoppedBy, latency_s: float, budget_s: float
     ) -> None:
-        """Count one request to /predict that got a prediction, in time or late."""
+        """Count one request that got a prediction, in time or late."""
         self._requests.labels(outcome).inc()
         self._answers.labels(column, stopped_by).inc()
         self._latency_s.observe(latency_s)

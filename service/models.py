@@ -209,15 +209,21 @@ class Model:
         with self.inside(), gone(leave):
             self.engine.check_admission(arrived_s, deadline_s)
             try:
-                for picture in pictures:
-                    if isinstance(picture, bytes):
-                        image_HWC, decode_s = await self.decode("image/png", picture, deadline_s)
-                    else:
-                        image_HWC, decode_s = picture, 0.0
-                    entered.append((self.enter(image_HWC, asked, arrived_s), decode_s))
+                # All before the first is run: together they may share a batch, and one may be no picture.
+                decoded = [await self._decoded(picture, deadline_s) for picture in pictures]
+                entered += [
+                    (self.enter(image_HWC, asked, arrived_s), decode_s) for image_HWC, decode_s in decoded
+                ]
                 return tuple([Answer(await settled(request), decode_s) for request, decode_s in entered])
             finally:
                 leave()
+
+    async def _decoded(
+        self, picture: bytes | NDArray[np.uint8], deadline_s: float
+    ) -> tuple[NDArray[np.uint8], float]:
+        if isinstance(picture, bytes):
+            return await self.decode("image/png", picture, deadline_s)  # or whatever is really inside
+        return picture, 0.0
 
     async def decode(
         self, content_type: str, body: bytes, deadline_s: float

@@ -14,12 +14,12 @@ from service.inference import ArtifactError, Inference
 from service.repository import Repository, prepare
 from service.settings import Settings
 from tests.service import toy_artifact
-from tests.service.conftest import BlockedSession, Launcher, Running
+from tests.service.conftest import BATCH_SIZES, BlockedSession, Launcher, Running
 
 BODY = bytes(toy_artifact.HEIGHT * toy_artifact.WIDTH * 3)
 RAW = {"content-type": "application/octet-stream"}
 URL = "/predict?budget_ms=5000"
-QUICKLY: dict[str, Any] = {"profile_seconds": 0.01, "batch_sizes": (1, 2)}
+QUICKLY: dict[str, Any] = {"profile_seconds": 0.01, "batch_sizes": BATCH_SIZES}
 
 
 @pytest.fixture

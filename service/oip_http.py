@@ -1,0 +1,272 @@
+"""The Open Inference Protocol v2 over HTTP: what Triton's and KServe's clients send, under /v2.
+
+Must not know what a tensor means, which is `oip`'s, nor how a model is loaded, which is the repository's.
+"""
+
+import asyncio
+import math
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from service import oip
+from service.errors import (
+    BodyTimeout,
+    Expired,
+    Failed,
+    Forbidden,
+    Malformed,
+    MethodNotAllowed,
+    NotFound,
+    NotLoadable,
+    OutOfRange,
+    Problem,
+    Rejected,
+    Stopped,
+    TooLarge,
+    Unauthorized,
+    UnsupportedType,
+)
+from service.exchange import Exchange, Headers, Room, problem_headers
+from service.models import Model
+from service.repository import Repository
+from service.settings import Settings
+
+INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
+EXCHANGE = "anytime.exchange"
+"""Key in the ASGI scope: the `Exchange`, for those who are called through FastAPI."""
+
+RETRY_S = 1.0
+"""When to come again with a change of the models for whose body there was no room."""
+
+HEADER_LENGTH = b"inference-header-content-length"
+INLINE_BYTES = 64 * 1024
+"""Smaller bodies are read on the event loop: for some 0.2 ms at most, about what a hop to a thread takes."""
+
+INFER_PROBLEMS = (
+    *(Malformed, Unauthorized, Forbidden, NotFound, BodyTimeout, TooLarge, UnsupportedType, OutOfRange),
+    *(Rejected, Failed, Stopped, Expired),
+)
+CHANGE_PROBLEMS = (
+    *(Malformed, Unauthorized, Forbidden, NotFound, BodyTimeout, NotLoadable, TooLarge, OutOfRange),
+    *(Rejected, Stopped),
+)
+ERROR_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {"error": {"type": "string", "description": "What was wrong, and what to do."}},
+}
+
+
+def is_infer(path: str) -> bool:
+    """Whether this path asks for an answer, which is counted and must not be kept waiting."""
+    return INFER.fullmatch(path) is not None
+
+
+def error_document(problem: Problem) -> tuple[int, Headers, bytes]:
+    """Status, headers and body of a problem as this protocol has it."""
+    headers = [(b"content-type", b"application/json"), *problem_headers(problem)]
+    return problem.status, headers, orjson.dumps({"error": problem.detail})
+
+
+class OpenInference:
+    """Everything under /v2.
+
+    Args:
+        settings: The bounds.
+        repository: Has the models.
+        room: For bodies.
+        clock: Monotonic time [s].
+    """
+
+    def __init__(
+        self, settings: Settings, repository: Repository, room: Room, clock: Callable[[], float]
+    ) -> None:
+        self._settings = settings
+        self._repository = repository
+        self._room = room
+        self._clock = clock
+
+    async def infer(self, exchange: Exchange) -> None:
+        """Answer a request for inference.
+
+        Raises:
+            Problem: there is no answer.
+            CallerGone: nobody waits for it.
+        """
+        found = INFER.fullmatch(exchange.scope["path"])
+        assert found is not None  # noqa: S101 - for the type checker: only those paths come here
+        if exchange.scope["method"] != "POST":
+            raise MethodNotAllowed(f"infer takes POST, not {exchange.scope['method']}.", "POST")
+        name, version = found[1], found[2] or ""
+        body = await self._body(exchange, self._repository.model(name, version).engine.refusal)
+        length = exchange.headers.get(HEADER_LENGTH)
+        header, binary = oip.split(body, length.decode("latin-1") if length is not None else None)
+        model = self._repository.model(name, version)  # another one may have taken its place meanwhile
+        read = partial(oip.read_json, model.manifest, self._settings, header, binary)
+        request = await asyncio.to_thread(read) if len(body) > INLINE_BYTES else read()
+        answers = await model.answer(
+            request.pictures, request.asked, arrived_s=exchange.arrived_s, gone=exchange.called_when_gone
+        )
+        exchange.served = max((answer.served for answer in answers), key=lambda served: served.settled_s)
+        document, raw = oip.write_json(model, request, answers)
+        headers: Headers = [(b"content-type", b"application/json")]
+        if raw:
+            headers = [
+                (b"content-type", b"application/octet-stream"),
+                (HEADER_LENGTH, b"%d" % len(document)),
+            ]
+        await exchange.respond(200, headers, document + raw)
+        model.engine.observe_way_out(self._clock() - exchange.served.settled_s)
+
+    def router(self) -> APIRouter:
+        """All but infer, which is in it for the documentation only."""
+        router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
+        raw: dict[str, Any] = {"response_class": Response, "response_model": None}
+        admin: dict[str, Any] = {
+            **raw,
+            "responses": _json("Done") | _errors(*CHANGE_PROBLEMS),
+            "openapi_extra": {
+                "requestBody": {"content": {"application/json": {"schema": {"type": "object"}}}}
+            },
+        }
+        router.get("", name="oip_server", responses=_json("This server"), **raw)(self._server)
+        router.get("/health/live", name="oip_live", responses=_json("It is"), **raw)(self._live)
+        ready = _json("It is") | _errors(Stopped)
+        router.get("/health/ready", name="oip_ready", responses=ready, **raw)(self._ready)
+        for place in ("/models/{name}", "/models/{name}/versions/{version}"):
+            suffix = "_version" if "version" in place else ""
+            of_model = _json("The model") | _errors(NotFound, Stopped)
+            router.get(place, name=f"oip_model{suffix}", responses=of_model, **raw)(self._model)
+            router.get(f"{place}/ready", name=f"oip_model_ready{suffix}", responses=of_model, **raw)(
+                self._model_ready
+            )
+            answer = _json("The answer; binary tensors follow it if they were asked for")
+            router.post(
+                f"{place}/infer",
+                name=f"oip_infer{suffix}",
+                responses=answer | _errors(*INFER_PROBLEMS),
+                openapi_extra=admin["openapi_extra"],
+                **raw,
+            )(_documented_infer)
+        router.post("/repository/index", name="oip_index", **admin)(self._index)
+        router.post("/repository/models/{name}/load", name="oip_load", **admin)(self._load)
+        router.post("/repository/models/{name}/unload", name="oip_unload", **admin)(self._unload)
+        return router
+
+    async def _server(self) -> Response:
+        """Describe this server."""
+        return _response(oip.server_metadata())
+
+    async def _live(self) -> Response:
+        """Answer as long as the event loop turns."""
+        return _response({"live": True})
+
+    async def _ready(self) -> Response:
+        """Say whether requests are taken."""
+        if not self._repository.is_ready:
+            raise Stopped("This server is starting or stopping: send requests to another one.")
+        return _response({"ready": True})
+
+    async def _model(self, request: Request) -> Response:
+        """Describe the tensors of a model."""
+        model = self._named(request)
+        return _response(oip.model_metadata(model, self._repository.versions(model.name)))
+
+    async def _model_ready(self, request: Request) -> Response:
+        """Say whether a model takes requests."""
+        model = self._named(request)
+        if not model.is_ready:
+            raise Stopped("This model is starting or stopping: send requests to another server.")
+        return _response({"name": model.name, "ready": True})
+
+    def _named(self, request: Request) -> Model:
+        parameters = request.path_params
+        return self._repository.model(parameters["name"], parameters.get("version", ""))
+
+    async def _index(self, request: Request) -> Response:
+        """List what is loaded and what could be."""
+        document = await self._document(request, {"ready": bool})
+        listed = await self._repository.index(is_ready_only=document.get("ready", False))
+        return _response(
+            [
+                {"name": one.name, "version": one.version, "state": one.state, "reason": one.reason}
+                for one in listed
+            ]
+        )
+
+    async def _load(self, request: Request) -> Response:
+        """Load a version of a model, by default the newest; it answers from then on."""
+        wanted = await self._parameters(request, {"version": str, "keep_others": bool})
+        await self._repository.load(request.path_params["name"], **wanted)
+        return _response({})
+
+    async def _unload(self, request: Request) -> Response:
+        """Take a model out of service, or one version of it."""
+        wanted = await self._parameters(request, {"version": str, "unload_dependents": bool})
+        wanted.pop("unload_dependents", None)  # there are none
+        await self._repository.unload(request.path_params["name"], **wanted)
+        return _response({})
+
+    async def _parameters(self, request: Request, known: Mapping[str, type]) -> dict[str, Any]:
+        document = await self._document(request, {"parameters": dict})
+        return _checked(document.get("parameters", {}), known)
+
+    async def _document(self, request: Request, known: Mapping[str, type]) -> dict[str, Any]:
+        exchange: Exchange = request.scope[EXCHANGE]
+        try:
+            body = await self._body(exchange, lambda why: Rejected(why, RETRY_S))
+        finally:
+            self._room.give_back(exchange.n_taken_bytes)
+        try:
+            document = orjson.loads(body or b"{}")
+        except orjson.JSONDecodeError as error:
+            raise Malformed(f"The body is no JSON ({error}): send an object, or nothing.") from error
+        if not isinstance(document, dict):
+            raise Malformed("The body must be a JSON object, or empty.")
+        return _checked(document, known)
+
+    async def _body(self, exchange: Exchange, refuse: Callable[[str], Rejected]) -> bytes:
+        # The body itself says what the budget is.
+        return await exchange.body(self._settings, self._clock, math.inf, refuse, self._room)
+
+
+def _checked(document: dict[str, Any], known: Mapping[str, type]) -> dict[str, Any]:
+    for name, value in document.items():
+        if name not in known:
+            raise OutOfRange(f"{name[:40]!r} is not known here: there are {', '.join(known)}.")
+        if not isinstance(value, known[name]):
+            raise OutOfRange(f"{name} must be of type {known[name].__name__}.")
+    return document
+
+
+def _response(document: object) -> Response:
+    return Response(orjson.dumps(document), media_type="application/json")
+
+
+def _json(description: str) -> dict[int | str, dict[str, Any]]:
+    return {200: {"description": description, "content": {"application/json": {"schema": {}}}}}
+
+
+def _errors(*kinds: type[Problem]) -> dict[int | str, dict[str, Any]]:
+    return {
+        kind.status: {
+            "description": kind.title,
+            "content": {"application/json": {"schema": ERROR_SCHEMA}},
+        }
+        for kind in kinds
+    }
+
+
+async def _documented_infer() -> Response:
+    """Classify pictures as well as the budget allows.
+
+    The budget is the parameter `budget_ms`, or `timeout` in microseconds. The input is `image` (UINT8 pixels)
+    or `image_bytes` (BYTES: PNG, JPEG or WebP files; in JSON base64).
+    """
+    raise AssertionError("requests to infer never come this way; this is here for /docs")
