@@ -158,7 +158,7 @@ class Service:
             self._let_in(exchange)
             self._check_room()
             await answer(exchange)
-            exchange.ended_s = self._clock()
+            exchange.ended_s = min(exchange.ended_s, self._clock())
         except CallerGone:
             exchange.status = CLIENT_GONE
         except Problem as problem:
@@ -217,7 +217,9 @@ class Service:
             content_type = exchange.headers.get(b"content-type", b"").decode("latin-1")
             image_HWC, decode_s = await model.decode(content_type, body, deadline_s)
             if stream:
-                served = await streaming.answer(exchange, model, image_HWC, decode_s, asked, stream)
+                served = await streaming.answer(
+                    exchange, model, image_HWC, decode_s, asked, stream, self._clock
+                )
             else:
                 request = model.enter(image_HWC, asked, exchange.arrived_s)
                 leave = partial(model.engine.leave, request)
@@ -226,7 +228,7 @@ class Service:
                         served = exchange.served = await settled(request)
                 finally:
                     leave()
-                document = model.document(Answer(served, decode_s), asked)
+                document, _ = model.document(Answer(served, decode_s), asked)
                 await exchange.respond(200, ANSWER_HEADERS, document)
             model.engine.observe_way_out(self._clock() - served.settled_s)
 

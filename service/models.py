@@ -262,11 +262,12 @@ class Model:
             on_rung=on_rung,
         )
 
-    def document(self, answer: Answer, asked: Asked) -> bytes:
-        """What a caller is told, as JSON."""
+    def document(self, answer: Answer, asked: Asked) -> tuple[bytes, dict[str, Any]]:
+        """What a caller is told, as JSON, and how that is judged."""
         record = orjson.dumps(self.record(answer, asked))
         # Decided last: with a large top_k the line above may cost more than the whole reserve.
-        return record[:-1] + b"," + orjson.dumps(self.verdict(answer.served))[1:]
+        verdict = self.verdict(answer.served)
+        return record[:-1] + b"," + orjson.dumps(verdict)[1:], verdict
 
     def record(self, answer: Answer, asked: Asked) -> dict[str, Any]:
         """What a caller is told, `elapsed_ms` and `deadline_met` excepted: see `verdict`."""

@@ -5,9 +5,10 @@ waits here, at most one record for each column.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import numpy as np
 import orjson
 from numpy.typing import NDArray
 
@@ -45,9 +46,17 @@ def chosen(asked: str | None, accept: bytes) -> Format | None:
 
 
 async def answer(
-    exchange: Exchange, model: Model, image_HWC: NDArray[Any], decode_s: float, asked: Asked, kind: Format
+    exchange: Exchange,
+    model: Model,
+    image_HWC: NDArray[np.uint8],
+    decode_s: float,
+    asked: Asked,
+    kind: Format,
+    clock: Callable[[], float],
 ) -> Served:
-    """Send a record for each rung as it completes, shallow first, and one that says why it ended.
+    """Send a record for each rung as it completes, shallow first, and one that says why there are no more.
+
+    The last one says of the last answer when that was there and whether it was in time; not of itself.
 
     Raises:
         Problem: there is no answer; nothing has been sent.
@@ -62,15 +71,15 @@ async def answer(
 
     try:
         with exchange.called_when_gone(leave):
-            is_started = False
+            verdict: dict[str, Any] = {}
             while rung := await rungs.get():
-                if not is_started:
+                if not verdict:
                     await exchange.start(200, _headers(kind))
-                    is_started = True
-                document = model.document(Answer(rung, decode_s), asked)
+                document, verdict = model.document(Answer(rung, decode_s), asked)
                 await exchange.send_part(_event(kind, b"prediction", document))
+                exchange.ended_s = clock()  # what comes after the last answer is not waited for
             served = exchange.served = await settled(request)
-            end = model.progress(Answer(served, decode_s), asked) | model.verdict(served)
+            end = model.progress(Answer(served, decode_s), asked) | verdict
             await exchange.send_part(_event(kind, b"done", orjson.dumps(end)), is_last=True)
             return served
     finally:

@@ -278,7 +278,7 @@ def test_the_time_it_takes_to_write_a_long_answer_counts(
         columns_run=("1",),
         probabilities_K=np.full(5, 0.2, np.float32),
     )
-    answer = json.loads(model.document(Answer(served, 0.0), Asked(0.5, 5)))
+    answer = json.loads(model.document(Answer(served, 0.0), Asked(0.5, 5))[0])
     processor.close()
     assert answer["deadline_met"] is False
     assert answer["elapsed_ms"] == 1000
