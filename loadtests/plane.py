@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -57,19 +58,21 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(policy: str, artifact: Path, log: Path) -> Iterator[Server]:
-    """Start a server with this policy and stop it at the end.
+def serving(
+    policy: str, artifact: Path, log: Path, settings: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[Server]:
+    """Start a server with this policy and these settings, and stop it at the end.
 
     Raises:
         RuntimeError: it was not ready in time; its log says why.
     """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    settings = {"ANYTIME_POLICY": policy, "ANYTIME_PORT": str(port), "ANYTIME_ARTIFACT": str(artifact)}
+    own = {"ANYTIME_POLICY": policy, "ANYTIME_PORT": str(port), "ANYTIME_ARTIFACT": str(artifact)}
     with log.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "service", "serve"],
-            env=os.environ | settings,
+            env={**os.environ, **own, **settings},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
