@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
 from fastapi import FastAPI, Request
@@ -23,6 +23,7 @@ import service
 from service import openapi, page, streaming
 from service.access import Access
 from service.errors import (
+    OUR_FAULT,
     BodyTimeout,
     CallerGone,
     Expired,
@@ -40,15 +41,17 @@ from service.errors import (
 )
 from service.exchange import CLIENT_GONE, Exchange, Headers, Room, arrived_s, problem_document
 from service.metrics import CONTENT_TYPE
-from service.models import Answer, Asked, Model, number, settled
+from service.models import Answer, Asked, Model, count_answer, number, settled
 from service.oip_http import EXCHANGE, OpenInference, error_document, is_infer
 from service.repository import Repository
 from service.settings import Settings
 
+if TYPE_CHECKING:
+    from service.oip_grpc import GrpcServer
+
 logger = logging.getLogger(__name__)
 
 ANSWER_HEADERS: Headers = ((b"content-type", b"application/json"),)
-OUR_FAULT = "The server failed on this request: tell the operator if it persists."
 PREDICT_PROBLEMS = (
     *(Malformed, BodyTimeout, TooLarge, UnsupportedType, OutOfRange),
     *(Rejected, Failed, Stopped, Expired),
@@ -136,6 +139,14 @@ class Service:
         self._n_requests += 1
         return b"x-request-id", b"%b%016x" % (self._id_prefix, self._n_requests)
 
+    def grpc_server(self) -> "GrpcServer | None":
+        """What answers over gRPC beside this application; None if the setting `grpc_port` is empty."""
+        if self._settings.grpc_port is None:
+            return None
+        from service.oip_grpc import GrpcServer  # noqa: PLC0415 - see there what importing it costs
+
+        return GrpcServer(self._settings, self._repository, self._access, self._room, self._clock)
+
     async def drain(self) -> None:
         """Take no more requests and settle those that are here, bounded by the setting `drain_timeout_s`."""
         await self._repository.drain()
@@ -182,14 +193,8 @@ class Service:
 
     def _count(self, exchange: Exchange) -> None:
         served, metrics = exchange.served, self._repository.metrics
-        if exchange.status == 200 and served and served.stopped_by:
-            metrics.count_answer(
-                outcome="answered" if exchange.ended_s <= served.deadline_s else "late",
-                column=served.columns_run[-1],
-                stopped_by=served.stopped_by,
-                latency_s=exchange.ended_s - served.arrived_s,
-                budget_s=served.deadline_s - served.arrived_s,
-            )
+        if exchange.status == 200 and served:
+            count_answer(metrics, served, exchange.ended_s)
         elif exchange.status == CLIENT_GONE:
             metrics.count_request("disconnected")
         else:

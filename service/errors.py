@@ -11,6 +11,8 @@ Outcome = Literal["answered", "late", "rejected", "expired", "failed", "stopped"
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
+OUR_FAULT = "The server failed on this request: tell the operator if it persists."
+
 
 class CallerGone(Exception):
     """Nobody waits for the answer any more."""

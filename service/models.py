@@ -367,6 +367,18 @@ async def settled(request: Request) -> Served:
             )
 
 
+def count_answer(metrics: Metrics, served: Served, ended_s: float) -> None:
+    """Count a request whose answer's last byte left then [s, the clock of its record]."""
+    assert served.stopped_by is not None  # noqa: S101 - for the type checker: an answer has it
+    metrics.count_answer(
+        outcome="answered" if ended_s <= served.deadline_s else "late",
+        column=served.columns_run[-1],
+        stopped_by=served.stopped_by,
+        latency_s=ended_s - served.arrived_s,
+        budget_s=served.deadline_s - served.arrived_s,
+    )
+
+
 async def load(settings: Settings, folder: Path, *, rest: float = 0.0) -> Model:
     """Load, verify, warm up and measure an artifact.
 

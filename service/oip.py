@@ -40,6 +40,13 @@ OUTPUTS: Mapping[str, str] = {
 }
 """The outputs there are, each with its datatype."""
 
+PARAMETERS = ("budget_ms", "timeout", "min_confidence")
+"""Those of a request that mean something here. Others are ignored, as Triton does."""
+
+LOAD_PARAMETERS: Mapping[str, type] = {"version": str, "keep_others": bool}
+UNLOAD_PARAMETERS: Mapping[str, type] = {"version": str, "unload_dependents": bool}
+"""Those of the model repository; nothing depends on a model here."""
+
 PLATFORM = "onnxruntime_onnx"
 EXTENSIONS = ("binary_tensor_data", "classification", "model_repository", "parameters")
 
@@ -234,7 +241,7 @@ def asked(settings: Settings, parameters: Parameters, left_s: float = math.inf) 
 
     Args:
         settings: The bounds.
-        parameters: The request's. Those that are not known are others' and mean nothing here, as in Triton.
+        parameters: The request's; looked at are `PARAMETERS`.
         left_s: Until the call's own deadline [s]; infinity if it has none.
 
     Raises:
@@ -283,6 +290,20 @@ def requested(
         is_so = _flag(parameters, "binary_data", is_set=is_binary)
         found[name] = RequestedOutput(name, is_so, n_classes)
     return tuple(found.values())
+
+
+def checked(parameters: Parameters, known: Mapping[str, type]) -> dict[str, Any]:
+    """Parameters that change what is served: to ignore one would do something else than was asked for.
+
+    Raises:
+        OutOfRange: one is not known, or of another type.
+    """
+    for name, value in parameters.items():
+        if name not in known:
+            raise OutOfRange(f"{name[:40]!r} is not known here: there are {', '.join(known)}.")
+        if not isinstance(value, known[name]):
+            raise OutOfRange(f"{name} must be of type {known[name].__name__}.")
+    return dict(parameters)
 
 
 def _loaded(header: bytes) -> dict[str, Any]:

@@ -202,20 +202,20 @@ class OpenInference:
 
     async def _load(self, request: Request) -> Response:
         """Load a version of a model, by default the newest; it answers from then on."""
-        wanted = await self._parameters(request, {"version": str, "keep_others": bool})
+        wanted = await self._parameters(request, oip.LOAD_PARAMETERS)
         await self._repository.load(request.path_params["name"], **wanted)
         return _response({})
 
     async def _unload(self, request: Request) -> Response:
         """Take a model out of service, or one version of it."""
-        wanted = await self._parameters(request, {"version": str, "unload_dependents": bool})
+        wanted = await self._parameters(request, oip.UNLOAD_PARAMETERS)
         wanted.pop("unload_dependents", None)  # there are none
         await self._repository.unload(request.path_params["name"], **wanted)
         return _response({})
 
     async def _parameters(self, request: Request, known: Mapping[str, type]) -> dict[str, Any]:
         document = await self._document(request, {"parameters": dict})
-        return _checked(document.get("parameters", {}), known)
+        return oip.checked(document.get("parameters", {}), known)
 
     async def _document(self, request: Request, known: Mapping[str, type]) -> dict[str, Any]:
         exchange: Exchange = request.scope[EXCHANGE]
@@ -229,20 +229,11 @@ class OpenInference:
             raise Malformed(f"The body is no JSON ({error}): send an object, or nothing.") from error
         if not isinstance(document, dict):
             raise Malformed("The body must be a JSON object, or empty.")
-        return _checked(document, known)
+        return oip.checked(document, known)
 
     async def _body(self, exchange: Exchange, refuse: Callable[[str], Rejected]) -> bytes:
         # The body itself says what the budget is.
         return await exchange.body(self._settings, self._clock, math.inf, refuse, self._room)
-
-
-def _checked(document: dict[str, Any], known: Mapping[str, type]) -> dict[str, Any]:
-    for name, value in document.items():
-        if name not in known:
-            raise OutOfRange(f"{name[:40]!r} is not known here: there are {', '.join(known)}.")
-        if not isinstance(value, known[name]):
-            raise OutOfRange(f"{name} must be of type {known[name].__name__}.")
-    return document
 
 
 def _response(document: object) -> Response:

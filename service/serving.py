@@ -23,6 +23,9 @@ logger = logging.getLogger("service")
 BACKLOG = 2048
 """Connections that wait to be accepted; beyond it the system turns callers away."""
 
+WRITE_GRACE_S = 1.0
+"""For gRPC to hand over answers that have been settled."""
+
 
 class Server(uvicorn.Server):
     """uvicorn, but the service drains first: uvicorn alone would wait for requests that nobody settles.
@@ -30,14 +33,43 @@ class Server(uvicorn.Server):
     What listens beside HTTP is started and stopped here, too: in `startup` and `shutdown`.
     """
 
-    def __init__(self, config: uvicorn.Config, app: Service) -> None:
+    def __init__(self, chosen: Settings, app: Service, config: uvicorn.Config) -> None:
         super().__init__(config)
+        self._chosen = chosen
         self._app = app
+        self._grpc = app.grpc_server()
+        self.grpc_port: int | None = None
+        """Where gRPC is listened for, as long as it is."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen: for gRPC first, so that nothing has begun if that is refused.
+
+        Raises:
+            SettingsError: it is.
+        """
+        if self._grpc:
+            self.grpc_port = await self._grpc.start()
+        await super().startup(sockets)
+        if sockets and self.started:
+            self._say_where(sockets[0].getsockname()[1])
+
+    def _say_where(self, port: int) -> None:
+        chosen = self._chosen
+        host = f"[{chosen.host}]" if ":" in chosen.host else chosen.host
+        url = f"{'https' if chosen.tls_certificate else 'http'}://{host}:{port}"
+        if self.grpc_port:
+            logger.info(
+                "gRPC at %s:%d: the Open Inference Protocol, also at %s/v2.", host, self.grpc_port, url
+            )
+        logger.info("Ready at %s (documentation at %s/docs). Try:", url, url)
+        logger.info("  curl -F image=@picture.jpg '%s/predict?budget_ms=%g'", url, chosen.default_budget_ms)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Settle every request, then close the connections."""
         logger.info("Stopping: no new requests; those in progress are being settled.")
         await self._app.drain()
+        if self._grpc:
+            await self._grpc.stop(WRITE_GRACE_S)
         await super().shutdown(sockets)
 
 
@@ -94,15 +126,11 @@ def serve(arguments: Sequence[str]) -> int:
             logging.getLogger(library).setLevel(logging.CRITICAL)
         allow_open_files(chosen)
         app = Service(chosen, asyncio.run(repository.prepare(chosen)))
-        config = http_config(chosen, app)
+        server = Server(chosen, app, http_config(chosen, app))
         listener = listen(chosen)
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down
+            server.run(sockets=[listener])
     except (SettingsError, ArtifactError) as error:
         print(f"service: {error}", file=sys.stderr)
         return 2
-    host = f"[{chosen.host}]" if ":" in chosen.host else chosen.host
-    url = f"{'https' if chosen.tls_certificate else 'http'}://{host}:{listener.getsockname()[1]}"
-    logger.info("Ready at %s (documentation at %s/docs). Try:", url, url)
-    logger.info("  curl -F image=@picture.jpg '%s/predict?budget_ms=%g'", url, chosen.default_budget_ms)
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down
-        Server(config, app).run(sockets=[listener])
     return 0

@@ -79,6 +79,13 @@ class Settings(BaseSettings):
         "127.0.0.1", description="Address to listen on; 0.0.0.0 opens the service to the network."
     )
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 lets the system choose one.")
+    grpc_port: int | None = Field(
+        8001,
+        ge=0,
+        le=65535,
+        description="Port to listen on for gRPC (Open Inference Protocol), at the same address; 0 lets the "
+        "system choose one; empty: no gRPC.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Lower levels say more; no level logs single requests or their contents."
     )
@@ -378,7 +385,7 @@ class Settings(BaseSettings):
         return value
 
     @field_validator(
-        *("profile_cache", "model_repository", "api_keys_file", "admin_keys_file"),
+        *("grpc_port", "profile_cache", "model_repository", "api_keys_file", "admin_keys_file"),
         *("tls_certificate", "tls_key", "tls_client_ca"),
         mode="before",
     )

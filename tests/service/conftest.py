@@ -15,12 +15,12 @@ import pytest
 import uvicorn
 from numpy.typing import NDArray
 
+from service import serving
 from service.api import Service
 from service.engine import InferenceThread
 from service.inference import Inference, load
 from service.latency import Latency, LatencyProfile
 from service.models import Model
-from service.protocol import connection_options
 from service.repository import Repository
 from service.settings import Settings
 from tests.service import toy_artifact
@@ -53,6 +53,7 @@ class Running:
     loop: asyncio.AbstractEventLoop
     address: tuple[str, int]
     client: httpx.Client
+    grpc_port: int | None
 
     def connect(self) -> socket.socket:
         return socket.create_connection(self.address)
@@ -72,11 +73,11 @@ class Running:
             pass
 
 
-class _Server(uvicorn.Server):
+class _Server(serving.Server):
     """Says when it listens."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
+    def __init__(self, chosen: Settings, app: Service, config: uvicorn.Config) -> None:
+        super().__init__(chosen, app, config)
         self.listening = threading.Event()
         self.loop: asyncio.AbstractEventLoop | None = None
 
@@ -100,14 +101,13 @@ class Launcher:
         profile: LatencyProfile | None = None,
         **settings: Any,
     ) -> Running:
-        chosen = Settings(_env_file=None, **{"profile_cache": None, **settings})
+        chosen = Settings(_env_file=None, **{"profile_cache": None, "grpc_port": None, **settings})
         served = inference or self.inference
         model = Model(chosen, served, InferenceThread(served), profile or profile_of(1e-5))
         repository = Repository(chosen, model)
         service = Service(chosen, repository)
         listener = socket.create_server(("127.0.0.1", 0))
-        options = connection_options(chosen)
-        server = _Server(uvicorn.Config(service, log_config=None, lifespan="on", access_log=False, **options))
+        server = _Server(chosen, service, serving.http_config(chosen, service))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         self.stack.callback(thread.join)
@@ -117,7 +117,7 @@ class Launcher:
         address = listener.getsockname()
         client = httpx.Client(base_url=f"http://127.0.0.1:{address[1]}", timeout=30, trust_env=False)
         self.stack.callback(client.close)
-        return Running(service, repository, server.loop, address, client)
+        return Running(service, repository, server.loop, address, client, server.grpc_port)
 
     def __enter__(self) -> Self:
         return self
