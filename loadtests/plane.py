@@ -69,8 +69,10 @@ def serving(
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     own = {
-        **{"ANYTIME_POLICY": policy, "ANYTIME_ARTIFACT": str(artifact)},
-        **{"ANYTIME_PORT": str(port), "ANYTIME_GRPC_PORT": ""},
+        "ANYTIME_POLICY": policy,
+        "ANYTIME_ARTIFACT": str(artifact),
+        "ANYTIME_PORT": str(port),
+        "ANYTIME_GRPC_PORT": "",
     }
     with log.open("wb") as file:
         process = subprocess.Popen(
