@@ -50,21 +50,20 @@ UNLOAD_PARAMETERS: Mapping[str, type] = {"version": str, "unload_dependents": bo
 PLATFORM = "onnxruntime_onnx"
 EXTENSIONS = ("binary_tensor_data", "classification", "model_repository", "parameters")
 
+MAX_AXES = 4
+"""No input has more."""
+
 MAX_TIMEOUT_US = 2**63
 """Whatever a client's library can say: it is a bound of patience, and is cut to the largest budget."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """An input as it came.
-
-    `contents` are its bytes, or its elements row by row: numbers, or for BYTES each one's bytes.
-    """
+    """An input that the model takes, but for its contents, which come after."""
 
     name: str
     datatype: str
-    shape: Sequence[int]
-    contents: bytes | Sequence[Any]
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +146,11 @@ def read_json(manifest: Manifest, settings: Settings, header: bytes, binary: byt
     is_binary = _flag(parameters, "binary_data_output", is_set=False)
     inputs = _objects(document, "inputs")
     check_one_input(len(inputs))
-    tensor = _json_tensor(inputs[0], binary)
+    tensor, contents = _json_tensor(manifest, settings, inputs[0], binary)
     named = [(one.get("name"), _parameters(one, "an output")) for one in _objects(document, "outputs")]
     return InferRequest(
         id=request_id,
-        pictures=pictures(manifest, settings, tensor),
+        pictures=pictures(tensor, contents),
         asked=asked(settings, parameters),
         outputs=requested(manifest, named, is_binary=is_binary),
     )
@@ -170,65 +169,76 @@ def check_one_input(n_inputs: int) -> None:
         )
 
 
-def pictures(manifest: Manifest, settings: Settings, tensor: Tensor) -> tuple[bytes | NDArray[np.uint8], ...]:
-    """The pictures in a tensor.
+def tensor(manifest: Manifest, settings: Settings, name: str, datatype: str, shape: Sequence[int]) -> Tensor:
+    """The input that a caller means.
 
     Raises:
-        Malformed: the model has no such input, or its datatype, shape and contents do not belong together.
+        Malformed: the model has none of that name, datatype and shape.
         OutOfRange: more pictures than the setting `max_images_per_request`, or none.
     """
-    name, datatype, shape = tensor.name, tensor.datatype, list(tensor.shape[:8])
     if name not in INPUTS:
         raise Malformed(f"There is no input {name[:40]!r}: send `image` (pixels) or `image_bytes` (files).")
     if datatype not in INPUTS[name]:
         raise Malformed(f"`{name}` is {' or '.join(INPUTS[name])}, not {datatype[:40]!r}.")
     one = [manifest.input.height, manifest.input.width, 3] if datatype == "UINT8" else []
-    if not shape or shape[1:] != one:
-        raise Malformed(f"`{name}` as {datatype} has the shape {[-1, *one]}, not {shape}.")
-    n, most = shape[0], settings.max_images_per_request
+    found = list(shape[: MAX_AXES + 1])
+    if not found or found[1:] != one:
+        raise Malformed(f"`{name}` as {datatype} has the shape {[-1, *one]}, not {found}.")
+    n, most = found[0], settings.max_images_per_request
     if not 1 <= n <= most:
         raise OutOfRange(f"`{name}` has {n} pictures: a request may have from 1 to {most}.")
-    if datatype == "UINT8":
-        return tuple(_pixels(tensor, (n, *one)))
-    return tuple(_files(tensor, n))
+    return Tensor(name, datatype, (n, *one))
 
 
-def _pixels(tensor: Tensor, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    contents, n_bytes = tensor.contents, math.prod(shape)
-    if len(contents) != n_bytes:
-        raise Malformed(
-            f"`{tensor.name}` of shape {list(shape)} has {n_bytes} bytes, but {len(contents)} came."
-        )
+def pictures(tensor: Tensor, contents: bytes | Sequence[Any]) -> tuple[bytes | NDArray[np.uint8], ...]:
+    """The pictures in an input.
+
+    Args:
+        tensor: The input.
+        contents: Its bytes; or its elements row by row: numbers, or for BYTES the bytes of each.
+
+    Raises:
+        Malformed: there are more or fewer than the shape says, or other ones than the datatype says.
+    """
+    if tensor.datatype == "UINT8":
+        return tuple(_pixels(tensor, contents))
+    if isinstance(contents, bytes):
+        return tuple(_elements(tensor, contents))
+    _check_number(tensor, contents)
+    return tuple(contents)
+
+
+def _pixels(tensor: Tensor, contents: bytes | Sequence[Any]) -> NDArray[np.uint8]:
+    _check_number(tensor, contents)
     if not isinstance(contents, bytes):
         try:
             contents = bytes(contents)
         except (TypeError, ValueError) as error:
             raise Malformed(f"`{tensor.name}` is UINT8: send whole numbers from 0 to 255.") from error
-    return np.frombuffer(contents, np.uint8).reshape(shape)
+    return np.frombuffer(contents, np.uint8).reshape(tensor.shape)
 
 
-def _files(tensor: Tensor, n: int) -> Sequence[bytes]:
-    contents = tensor.contents
-    if isinstance(contents, bytes):
-        return _elements(tensor.name, contents, n)
-    if len(contents) != n:
-        raise Malformed(f"`{tensor.name}` of shape [{n}] has {n} elements, but {len(contents)} came.")
-    return list(contents)
+def _check_number(tensor: Tensor, contents: Sequence[Any]) -> None:
+    if len(contents) != math.prod(tensor.shape):
+        raise Malformed(
+            f"`{tensor.name}` of shape {list(tensor.shape)} has {math.prod(tensor.shape)} elements, but "
+            f"{len(contents)} came."
+        )
 
 
-def _elements(name: str, contents: bytes, n: int) -> list[bytes]:
+def _elements(tensor: Tensor, contents: bytes) -> list[bytes]:
     """The elements of a BYTES tensor, each of which has its length before it: 4 bytes, little-endian."""
     elements, at = [], 0
-    for _ in range(n):
+    for _ in range(tensor.shape[0]):
         start = at + 4
         at = start + int.from_bytes(contents[at:start], "little")
         if not start <= at <= len(contents):
             break
         elements.append(contents[start:at])
-    if len(elements) != n or at != len(contents):
+    if len(elements) != tensor.shape[0] or at != len(contents):
         raise Malformed(
-            f"`{name}` is no BYTES tensor of {n} elements: write before each its length in 4 bytes, lowest "
-            "first, and nothing after the last."
+            f"`{tensor.name}` is no BYTES tensor of {tensor.shape[0]} elements: write before each its length "
+            "in 4 bytes, lowest first, and nothing after the last."
         )
     return elements
 
@@ -340,33 +350,34 @@ def _flag(parameters: Parameters, name: str, *, is_set: bool) -> bool:
     return flag
 
 
-def _json_tensor(one: dict[str, Any], binary: bytes) -> Tensor:
+def _json_tensor(
+    manifest: Manifest, settings: Settings, one: dict[str, Any], binary: bytes
+) -> tuple[Tensor, bytes | list[Any]]:
+    """An input and its contents."""
     name, datatype, shape = one.get("name"), one.get("datatype"), one.get("shape")
     if not isinstance(name, str) or not isinstance(datatype, str):
         raise Malformed("An input has a `name` and a `datatype`, both strings.")
     if not isinstance(shape, list) or not all(type(size) is int for size in shape):
         raise Malformed(f"The `shape` of {name[:40]!r} must be a list of whole numbers.")
+    meant = tensor(manifest, settings, name, datatype, shape)
     n_bytes, data = _parameters(one, "an input").get("binary_data_size"), one.get("data")
     if (n_bytes is None) == (data is None):
         raise Malformed(
-            f"{name[:40]!r} needs either `data` or the parameter `binary_data_size`; shared memory is not "
-            "taken."
+            f"`{name}` needs either `data` or the parameter `binary_data_size`; shared memory is not taken."
         )
-    if (0 if n_bytes is None else n_bytes) != len(binary) or isinstance(n_bytes, bool):
+    if n_bytes is None and not binary:
+        return meant, _decoded(meant, _flattened(meant, data))
+    if type(n_bytes) is not int or n_bytes != len(binary):
         raise Malformed(
-            f"binary_data_size of {name[:40]!r} is {str(n_bytes)[:40]}, but {len(binary)} bytes follow the "
-            "JSON."
+            f"binary_data_size of `{name}` is {str(n_bytes)[:40]}, but {len(binary)} bytes follow the JSON."
         )
-    if n_bytes is not None:
-        return Tensor(name, datatype, shape, binary)
-    elements = _flattened(name, data, shape)
-    return Tensor(name, datatype, shape, _decoded(name, datatype, elements))
+    return meant, binary
 
 
-def _flattened(name: str, data: object, shape: list[int]) -> list[Any]:
+def _flattened(tensor: Tensor, data: object) -> list[Any]:
     """The elements of a JSON tensor, which may be nested as its shape says, or flat."""
     parts: list[Any] = [data]
-    for size in shape[:4]:  # no input has more axes
+    for size in tensor.shape:
         if not all(isinstance(part, list) and len(part) == size for part in parts):
             break
         parts = list(chain.from_iterable(parts))
@@ -374,20 +385,22 @@ def _flattened(name: str, data: object, shape: list[int]) -> list[Any]:
         return parts
     if isinstance(data, list) and not any(isinstance(element, list) for element in data):
         return data
-    raise Malformed(f"`data` of {name[:40]!r} must be a flat list, or nested as its shape {shape[:8]} says.")
+    raise Malformed(
+        f"`data` of `{tensor.name}` must be a flat list, or nested as its shape {list(tensor.shape)} says."
+    )
 
 
-def _decoded(name: str, datatype: str, elements: list[Any]) -> list[Any]:
+def _decoded(tensor: Tensor, elements: list[Any]) -> list[Any]:
     """Elements as JSON has them in a tensor's own types."""
-    if datatype != "BYTES":
+    if tensor.datatype == "UINT8":
         if not set(map(type, elements)) <= {int}:
-            raise Malformed(f"`data` of {name[:40]!r} must be whole numbers.")
+            raise Malformed(f"`data` of `{tensor.name}` must be whole numbers.")
         return elements
     try:
         return [base64.b64decode(element, validate=True) for element in elements]
     except (binascii.Error, TypeError, ValueError) as error:
         raise Malformed(
-            f"`data` of {name[:40]!r} must be the base64 of each file, a string: JSON has no bytes."
+            f"`data` of `{tensor.name}` must be the base64 of each file, a string: JSON has no bytes."
         ) from error
 
 
@@ -397,14 +410,14 @@ def _decoded(name: str, datatype: str, elements: list[Any]) -> list[Any]:
 def write_json(model: Model, request: InferRequest, answers: Sequence[Answer]) -> tuple[bytes, bytes]:
     """A response's JSON, and the binary part that follows it, which may be empty. To be asked last."""
     described, parts = list[dict[str, Any]](), list[bytes]()
-    for wanted, tensor in zip(request.outputs, output_tensors(model, request, answers), strict=True):
-        output: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
+    for wanted, given in zip(request.outputs, output_tensors(model, request, answers), strict=True):
+        output: dict[str, Any] = {"name": given.name, "datatype": given.datatype, "shape": given.shape}
         if wanted.is_binary:
-            parts.append(tensor.raw())
+            parts.append(given.raw())
             described.append(output | {"parameters": {"binary_data_size": len(parts[-1])}})
         else:
-            is_text = isinstance(tensor.values, list)
-            described.append(output | {"data": tensor.values if is_text else np.ravel(tensor.values)})
+            is_text = isinstance(given.values, list)
+            described.append(output | {"data": given.values if is_text else np.ravel(given.values)})
     named = {"id": request.id} if request.id else {}
     document = orjson.dumps(
         {"model_name": model.name, "model_version": model.version, **named, "outputs": described},

@@ -17,7 +17,9 @@ from urllib.parse import unquote
 
 import grpc
 import grpc.aio
+import numpy as np
 from google.protobuf.message import DecodeError, Message
+from numpy.typing import NDArray
 
 from service import models, oip
 from service import oip_pb2 as pb
@@ -335,18 +337,21 @@ def _wanted(
     named = [(output.name, _scalars(output.parameters, ("classification",))) for output in outputs]
     return oip.InferRequest(
         id=request.id,
-        pictures=oip.pictures(model.manifest, settings, _tensor(request)),
+        pictures=_pictures(model, settings, request),
         asked=oip.asked(settings, _scalars(request.parameters, oip.PARAMETERS), left_s),
         outputs=oip.requested(model.manifest, named, is_binary=True),
     )
 
 
-def _tensor(request: pb.ModelInferRequest) -> oip.Tensor:
+def _pictures(
+    model: Model, settings: Settings, request: pb.ModelInferRequest
+) -> tuple[bytes | NDArray[np.uint8], ...]:
     one, raw = request.inputs[0], request.raw_input_contents
+    tensor = oip.tensor(model.manifest, settings, one.name, one.datatype, one.shape)
     if len(raw) > 1 or (raw and one.HasField("contents")):
         raise Malformed("The input has contents twice: send either one `raw_input_contents` or `contents`.")
     typed = one.contents.bytes_contents if one.datatype == "BYTES" else one.contents.uint_contents
-    return oip.Tensor(one.name, one.datatype, one.shape, raw[0] if raw else typed)
+    return oip.pictures(tensor, raw[0] if raw else typed)
 
 
 def _scalars(parameters: Mapping[str, Any], names: Iterable[str] | None = None) -> dict[str, Any]:
