@@ -198,9 +198,7 @@ class _Calls(grpc.GenericRpcHandler):
     async def _serve(self, call: _Call, arrived_s: float, _: object, context: Context) -> bytes:
         """Let a caller in, read what it wants and answer; a problem becomes the call's status."""
         try:
-            if not call.is_probe:
-                self._access.admit(call.door, _headers(context), _address(context.peer()))
-            with self._place():
+            with contextlib.nullcontext() if call.is_probe else self._let_in(call.door, context):
                 body = await self._body(context)
                 with self._room_for(len(body)):
                     response = await call.answer(_parsed(call.request, body), arrived_s, context)
@@ -219,8 +217,13 @@ class _Calls(grpc.GenericRpcHandler):
         return await context.abort(CODES[problem.status], problem.detail, metadata)
 
     @contextlib.contextmanager
-    def _place(self) -> Iterator[None]:
-        """Be one of the open requests, each of which may hold a whole message."""
+    def _let_in(self, door: Door | None, context: Context) -> Iterator[None]:
+        """Be one of the open requests, each of which may hold a whole message.
+
+        Raises:
+            Problem: the caller may not come in, or there is no place.
+        """
+        self._access.admit(door, _headers(context), _address(context.peer()))
         if self._n_open >= self._settings.max_open_requests:
             raise self._refusal(f"{self._n_open} requests are open")
         self._n_open += 1
@@ -382,7 +385,7 @@ def _response(model: Model, wanted: oip.InferRequest, answers: Sequence[Answer])
 
 
 def _left_s(context: Context) -> float:
-    """Until the caller's deadline [s]; infinity if it has none."""
+    """Until the caller's deadline [s], as gRPC tells it: rounded up by 1 % at most; infinity if it has none."""
     left_s: float | None = context.time_remaining()
     return math.inf if left_s is None else left_s
 
@@ -405,7 +408,7 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.max_metadata_size", settings.max_header_bytes),
         ("grpc.absolute_max_metadata_size", settings.max_header_bytes),
         ("grpc.max_allowed_incoming_connections", settings.max_connections),
-        ("grpc.max_concurrent_streams", settings.max_open_requests),
+        ("grpc.max_concurrent_streams", settings.max_open_requests + N_OTHER_CALLS),
         ("grpc.server_handshake_timeout_ms", round(settings.header_timeout_s * 1e3)),
         ("grpc.max_connection_idle_ms", round(settings.keep_alive_s * 1e3)),
         # A connection whose other end has vanished is noticed by pings of ours.

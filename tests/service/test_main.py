@@ -37,18 +37,8 @@ def start(*arguments: str, **environ: str) -> subprocess.Popen[str]:
 def process(artifact: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     process = start(
         "serve",
-        *(
-            "--artifact",
-            str(artifact),
-            "--port",
-            "0",
-            "--grpc-port",
-            "0",
-            "--profile-seconds",
-            "0.01",
-            "--batch-sizes",
-            "1,2",
-        ),
+        *("--artifact", str(artifact), "--port", "0", "--grpc-port", "0"),
+        *("--profile-seconds", "0.01", "--batch-sizes", "1,2"),
         *("--profile-cache", str(tmp_path / "cache")),
     )
     with process:
