@@ -385,7 +385,7 @@ def _response(model: Model, wanted: oip.InferRequest, answers: Sequence[Answer])
 
 
 def _left_s(context: Context) -> float:
-    """Until the caller's deadline [s], as gRPC tells it: rounded up by 1 % at most; infinity if it has none."""
+    """Until the caller's deadline [s], which gRPC rounds up by 1 % at most; infinity if it has none."""
     left_s: float | None = context.time_remaining()
     return math.inf if left_s is None else left_s
 

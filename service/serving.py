@@ -6,6 +6,7 @@ Must not know what is asked or answered.
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -124,6 +125,8 @@ def serve(arguments: Sequence[str]) -> int:
             "python_multipart",
         ):  # they would log what is wrong with a body, and parts of it
             logging.getLogger(library).setLevel(logging.CRITICAL)
+        # Read when that is imported: gRPC's core writes of every odd connection, past all loggers.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         allow_open_files(chosen)
         app = Service(chosen, asyncio.run(repository.prepare(chosen)))
         server = Server(chosen, app, http_config(chosen, app))

@@ -6,6 +6,7 @@ import os
 import pkgutil
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tomllib
@@ -65,6 +66,20 @@ def test_it_serves_and_stops_when_told_to(process: subprocess.Popen[str]) -> Non
     assert "Stopping" in rest
     assert "Traceback" not in rest
     assert process.returncode in {0, -signal.SIGTERM}
+
+
+def test_a_taken_port_is_one_sentence_and_status_2(artifact: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        process = start(
+            "serve",
+            *("--artifact", str(artifact), "--port", "0", "--grpc-port", str(taken.getsockname()[1])),
+            *("--profile-seconds", "0.01", "--batch-sizes", "1,2", "--log-level", "error"),
+            *("--profile-cache", str(tmp_path / "cache")),
+        )
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert "ANYTIME_GRPC_PORT" in said
+    assert len(said.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

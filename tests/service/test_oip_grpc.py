@@ -426,12 +426,15 @@ def test_what_cannot_be_had_in_time_is_refused_and_counted(
     outcomes(server, rejected=1)
 
 
+def hanging(inference: Inference, session: BlockedSession) -> Inference:
+    sessions = dict.fromkeys(toy_artifact.COLUMNS, session)
+    return Inference(inference.manifest, sessions, provider="cpu", sha256="0" * 64)
+
+
 @pytest.fixture
 def hung(launch: Launcher, session: BlockedSession, inference: Inference) -> Running:
     """A server whose every run waits for `session.released`."""
-    sessions = dict.fromkeys(toy_artifact.COLUMNS, session)
-    waiting = Inference(inference.manifest, sessions, provider="cpu", sha256="0" * 64)
-    return launch(inference=waiting, brief_run_ms=0.0, grpc_port=0)
+    return launch(inference=hanging(inference, session), grpc_port=0)
 
 
 def test_one_who_cancels_is_not_refined_and_harms_nobody(
@@ -469,31 +472,26 @@ def test_a_deadline_that_passes_ends_the_call(
     assert session.n_images == [1, 1, 1]
 
 
-def test_more_open_calls_than_allowed_are_refused(launch: Launcher, call: Callable[..., Caller]) -> None:
-    server = launch(grpc_port=0, max_open_requests=1)
+def test_more_open_calls_than_allowed_are_refused_but_health_is_not(
+    launch: Launcher, inference: Inference, session: BlockedSession, call: Callable[..., Caller]
+) -> None:
+    server = launch(inference=hanging(inference, session), grpc_port=0, max_open_requests=1)
     caller = call(server)
-    refused: list[Any] = []
+    first = caller.method().future(asking(9000).SerializeToString())
+    assert session.started.wait(30)
 
-    def late() -> Iterator[bytes]:
-        while not refused:  # until this call, which the request below belongs to, is there
-            try:
-                caller.infer(asking())
-            except grpc.RpcError as error:
-                refused.append(error)
-        assert pb.ServerLiveResponse.FromString(caller.method("ServerLive")(b"")).live
-        yield asking().SerializeToString()
+    exhausted = grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert_refused(lambda: caller.infer(asking()), exhausted, "1 requests are open")
 
-    assert caller.infer_stream(late()).model_name == "toy"
-    assert (refused[0].code(), refused[0].details()) == (
-        grpc.StatusCode.RESOURCE_EXHAUSTED,
-        "1 requests are open: retry later.",
-    )
-    outcomes(server, rejected=1)
+    assert pb.ServerLiveResponse.FromString(caller.method("ServerLive")(b"")).live
+    session.released.set()
+    first.result(30)
+    outcomes(server, answered=1, rejected=1)
     assert caller.infer(asking()).model_name == "toy"
 
 
 def test_the_room_for_bodies_is_taken_and_given_back(
-    hung: Running, session: BlockedSession, call: Callable[..., Caller], launch: Launcher
+    hung: Running, session: BlockedSession, call: Callable[..., Caller]
 ) -> None:
     assert hung.service._room.take(256 << 20)  # all of it, as if other bodies had come
 
