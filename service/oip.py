@@ -232,10 +232,8 @@ def _elements(tensor: Tensor, contents: bytes) -> list[bytes]:
     for _ in range(tensor.shape[0]):
         start = at + 4
         at = start + int.from_bytes(contents[at:start], "little")
-        if not start <= at <= len(contents):
-            break
-        elements.append(contents[start:at])
-    if len(elements) != tensor.shape[0] or at != len(contents):
+        elements.append(contents[start:at])  # whatever is claimed, no more than there is
+    if at != len(contents):
         raise Malformed(
             f"`{tensor.name}` is no BYTES tensor of {tensor.shape[0]} elements: write before each its length "
             "in 4 bytes, lowest first, and nothing after the last."

@@ -156,6 +156,7 @@ INPUT = {"name": "image", "datatype": "UINT8", "shape": [2, *SHAPE], "data": PIX
         (binary_body(0, **FILE), b"", "no BYTES tensor of 1 elements"),
         (body(**FILE, data=["ÿ"]), b"", "base64 of each file"),
         (body(**FILE, data=["YQ"]), b"", "base64 of each file"),
+        (body(**FILE, data=["YQ==!"]), b"", "base64 of each file"),
         (body(**FILE, data=[1]), b"", "base64 of each file"),
         (body(**FILE, data=["YQ==", "YQ=="]), b"", "has 1 elements, but 2 came"),
         (body(**FILE | {"shape": [1, 1]}, data=[["YQ=="]]), b"", "has the shape [-1]"),
