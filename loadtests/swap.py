@@ -37,22 +37,31 @@ VERSIONS = ("1", "2")
 BEFORE_S = 4.0
 """Served undisturbed before each swap; the comparison is with these."""
 LOAD_LIMIT_S = 60.0
+REFUSALS = (429, 504)
 ADMIN_KEY = "for this run only"
 
 
 @dataclass(frozen=True)
 class Swap:
-    """One swap under load; latencies in milliseconds, from the due time to the last byte read."""
+    """One swap under load.
+
+    Latencies in milliseconds, from the due time to the last byte read. A request is refused if the server
+    said that there can be no answer in time, and has failed if anything else but an answer came. In time: the
+    share of all requests that had an answer within the budget.
+    """
 
     n_before: int
     n_during: int
-    n_not_answered: int
+    n_refused: int
+    n_failed: int
     versions: tuple[str, ...]
     loading_s: float
     before_p50_ms: float
     before_p99_ms: float
     during_p50_ms: float
     during_p99_ms: float
+    before_in_time: float
+    during_in_time: float
 
     @property
     def ratio(self) -> float:
@@ -127,25 +136,33 @@ def swapped(
     changing.join()
     if len(during_s) < 2 or during_s[1] - start_s > at_s[-1]:
         raise RuntimeError("the load ended before the swap: make the run longer with --seconds")
-    return judged(replies, during_s[0] - start_s, during_s[1] - start_s)
+    return judged(replies, budget_s, during_s[0] - start_s, during_s[1] - start_s)
 
 
-def judged(replies: Sequence[Reply], from_s: float, until_s: float) -> Swap:
+def judged(replies: Sequence[Reply], budget_s: float, from_s: float, until_s: float) -> Swap:
     """What the replies say of a swap that took from one time to the other [s, from the start of the load]."""
+
+    def in_time(due: Sequence[Reply]) -> float:
+        return float(np.mean([one.status == 200 and one.done_s - one.due_s <= budget_s for one in due]))
+
     answered = [reply for reply in replies if reply.status == 200]
+    n_refused = sum(reply.status in REFUSALS for reply in replies)
     versions = Counter(json.loads(reply.body)["version"] for reply in answered)
     before = [(one.done_s - one.due_s) * 1e3 for one in answered if one.due_s < from_s]
     during = [(one.done_s - one.due_s) * 1e3 for one in answered if from_s <= one.due_s <= until_s]
     return Swap(
         n_before=len(before),
         n_during=len(during),
-        n_not_answered=len(replies) - len(answered),
+        n_refused=n_refused,
+        n_failed=len(replies) - len(answered) - n_refused,
         versions=tuple(sorted(versions)),
         loading_s=until_s - from_s,
         before_p50_ms=float(np.quantile(before, 0.5)),
         before_p99_ms=float(np.quantile(before, 0.99)),
         during_p50_ms=float(np.quantile(during, 0.5)),
         during_p99_ms=float(np.quantile(during, 0.99)),
+        before_in_time=in_time([one for one in replies if one.due_s < from_s]),
+        during_in_time=in_time([one for one in replies if from_s <= one.due_s <= until_s]),
     )
 
 
@@ -184,9 +201,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
                 swaps.append(swap)
                 print(
-                    f"{swap.n_not_answered} of {swap.n_before + swap.n_during} not answered; p99 "
-                    f"{swap.before_p99_ms:.2f} ms before and {swap.during_p99_ms:.2f} ms during "
-                    f"{swap.loading_s:.1f} s of loading: x {swap.ratio:.2f}",
+                    f"{swap.n_failed} failed, {swap.n_refused} refused; before and during "
+                    f"{swap.loading_s:.1f} s of loading: "
+                    f"p50 {swap.before_p50_ms:.2f} and {swap.during_p50_ms:.2f} ms, "
+                    f"p99 {swap.before_p99_ms:.2f} and {swap.during_p99_ms:.2f} ms (x {swap.ratio:.2f}), "
+                    f"in time {swap.before_in_time:.2%} and {swap.during_in_time:.2%}",
                     flush=True,
                 )
     mean, half = report.interval([swap.ratio for swap in swaps])
@@ -200,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         rows = [asdict(swap) | {"ratio": swap.ratio} for swap in swaps]
         chosen.out.with_suffix(".json").write_text(json.dumps(head | {"swaps": rows}, indent=1) + "\n")
-    return int(any(swap.n_not_answered for swap in swaps))
+    return int(any(swap.n_failed for swap in swaps))
 
 
 if __name__ == "__main__":

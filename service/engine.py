@@ -9,6 +9,8 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -83,10 +85,15 @@ class InferenceThread:
 
     A thread of our own, because handing a run over and waking up for its result is a good part of what a
     small network costs: about half of what an executor takes.
+
+    Args:
+        inference: What it runs.
+        niceness: How far its runs stand back behind those of others. Only Linux has that for a thread.
     """
 
-    def __init__(self, inference: Inference) -> None:
+    def __init__(self, inference: Inference, niceness: int = 0) -> None:
         self._inference = inference
+        self._niceness = niceness if sys.platform == "linux" else 0
         self._work: SimpleQueue[_Work | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self._thread.start()
@@ -128,6 +135,8 @@ class InferenceThread:
         return done
 
     def _run(self) -> None:
+        if self._niceness:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
         while work := self._work.get():
             loop, call, done = work
             settle: Callable[[], None]

@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 Gone = Callable[[Callable[[], None]], AbstractContextManager[None]]
 """Within the context that it gives, it calls back when the caller has gone."""
 
-LOADING_NICENESS = 10
-"""Of the thread that opens an artifact: it must not take a core from those that serve."""
+NICENESS = 10
+"""Of what loads an artifact beside serving: it must not take a core from those who serve."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,9 +391,10 @@ async def load(settings: Settings, folder: Path, *, rest: float = 0.0) -> Model:
     Raises:
         ArtifactError: the artifact or the provider cannot be used.
     """
-    # onnxruntime's own threads would give way for good: they are as nice as the thread that starts them.
-    gives_way = settings.intra_op_threads == 1 and sys.platform == "linux"
-    opening = ThreadPoolExecutor(1, "load", _give_way if gives_way else None)
+    stands_back = rest > 0
+    # onnxruntime's own threads would stand back for good: they are as nice as the thread that starts them.
+    opens_nicely = stands_back and settings.intra_op_threads == 1 and sys.platform == "linux"
+    opening = ThreadPoolExecutor(1, "load", _stand_back if opens_nicely else None)
     try:
         loaded = await asyncio.get_running_loop().run_in_executor(
             opening,
@@ -407,12 +408,14 @@ async def load(settings: Settings, folder: Path, *, rest: float = 0.0) -> Model:
         )
     finally:
         opening.shutdown(wait=False)
-    processor = InferenceThread(loaded)
+    # CUDA has handles for each thread, so that the one that serves must be the one that is warmed up.
+    is_own = stands_back and loaded.provider == "cpu"
+    measuring = InferenceThread(loaded, NICENESS if is_own else 0)
     try:
-        await processor.warm_up(settings.batch_sizes)
+        await measuring.warm_up(settings.batch_sizes)
         profile = await profiling.recall_or_measure(
             loaded,
-            processor,
+            measuring,
             batch_sizes=settings.batch_sizes,
             quantile=settings.profile_quantile,
             seconds=settings.profile_seconds,
@@ -421,10 +424,13 @@ async def load(settings: Settings, folder: Path, *, rest: float = 0.0) -> Model:
             rest=rest,
         )
     except BaseException:
-        processor.close()
+        measuring.close()
         raise
     _log(settings, loaded, profile)
-    return Model(settings, loaded, processor, profile)
+    if not is_own:
+        return Model(settings, loaded, measuring, profile)
+    measuring.close()
+    return Model(settings, loaded, InferenceThread(loaded), profile)
 
 
 def _log(settings: Settings, loaded: Inference, profile: LatencyProfile) -> None:
@@ -443,8 +449,8 @@ def _log(settings: Settings, loaded: Inference, profile: LatencyProfile) -> None
         )
 
 
-def _give_way() -> None:
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADING_NICENESS)
+def _stand_back() -> None:
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 def _card(settings: Settings, inference: Inference, profile: LatencyProfile) -> dict[str, Any]:

@@ -33,6 +33,12 @@ MAX_RUNS = 400
 CHECK_SECONDS = 0.2
 """Time for checking a remembered profile, all columns together."""
 
+QUIET = (0.1, 0.2)
+"""Quantiles that count as median and high where others are served meanwhile: much of what a run takes then
+is theirs. The quickest tenth is nearest to what the machine would take alone; how much more it takes beside
+others is learnt from the first requests on. Larger: the new version refuses whom it could answer, until it
+has learnt better."""
+
 TOLERANCE = 1.5
 """A remembered median that is off by more than this factor, either way, is of another machine in effect:
 other neighbours, another power mode, fewer cores. Not yet tuned."""
@@ -58,8 +64,8 @@ async def measure(
         batch_sizes: Sizes to measure, 1 among them.
         quantile: Which quantile to call high.
         seconds: Time for all of it, shared equally; exceeded only by what the least number of runs takes.
-        rest: How long to pause after each run, in durations of the run. Above 0 where others are served
-            meanwhile; counts as time.
+        rest: How long to pause after each run, in durations of the run; counts as time. Above 0 where others
+            are served meanwhile.
         clock: Monotonic time [s].
     """
     spec = inference.manifest.input
@@ -76,7 +82,8 @@ async def measure(
             runs_s.append(clock() - started_s)
             if rest:
                 await asyncio.sleep(rest * runs_s[-1])
-        median_s, high_s = np.quantile(runs_s, [0.5, quantile]).tolist()
+        wanted = QUIET if rest else [0.5, quantile]
+        median_s, high_s = np.quantile(runs_s, wanted).tolist()
         latencies.setdefault(column, {})[size] = Latency(median_s, high_s)
     return LatencyProfile(latencies)
 
@@ -97,6 +104,7 @@ async def recall_or_measure(
 
     What is remembered is checked by a few runs first: a machine may have become faster or slower since.
     A cache that cannot be read counts as none; one that cannot be written is reported and does no other harm.
+    What was measured beside serving is not remembered.
     """
     key = {
         "processor": _processor_name(),
@@ -119,7 +127,7 @@ async def recall_or_measure(
         logger.info("The latencies remembered in %s no longer hold.", path)
     logger.info("Measuring latencies on this machine for about %.0f s.", seconds)
     profile = await measure_here(batch_sizes=batch_sizes, seconds=seconds)
-    if path:
+    if path and not rest:
         _remember(path, key, profile)
     return profile
 

@@ -1,6 +1,7 @@
 """Latencies are measured for every column and batch size, remembered per machine, never trusted blindly."""
 
 import asyncio
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -41,12 +42,17 @@ class Machine:
     cache: Path | None
     factors: dict[str, float] = field(default_factory=lambda: dict.fromkeys(toy_artifact.COLUMNS, 1.0))
     n_runs: int = 0
+    rest: float = 0.0
+    beside: Iterator[float] = field(default_factory=lambda: itertools.repeat(1.0))
+    """How much longer each run takes because of what else goes on."""
 
     def start_up(self, inference: Inference | None = None, n_threads: int = 1) -> LatencyProfile:
         return run_in_virtual_time(lambda: self._start_up(inference or self.inference, n_threads))
 
     async def _start_up(self, inference: Inference, n_threads: int) -> LatencyProfile:
-        processor = FakeProcessor(lambda column, n: int(column) * n * 1e-3 * self.factors[column])
+        processor = FakeProcessor(
+            lambda column, n: int(column) * n * 1e-3 * self.factors[column] * next(self.beside)
+        )
         profile = await recall_or_measure(
             inference,
             processor,
@@ -55,6 +61,7 @@ class Machine:
             seconds=1.0,
             intra_op_threads=n_threads,
             cache=self.cache,
+            rest=self.rest,
             clock=asyncio.get_running_loop().time,
         )
         self.n_runs = len(processor.runs)
@@ -81,6 +88,23 @@ def test_a_second_start_recalls_the_first_after_a_brief_check(machine: Machine) 
     machine.factors |= {"2": 1.4, "3": 0.7}
     assert as_dict(machine.start_up()) == as_dict(first)
     assert 0 < machine.n_runs < n_runs / 3
+
+
+def test_beside_others_the_quickest_runs_count_and_nothing_is_remembered(
+    machine: Machine,
+) -> None:
+    alone, n_runs = machine.start_up(), machine.n_runs
+    assert machine.cache is not None
+    (path,) = machine.cache.iterdir()
+    path.unlink()
+    machine.rest, machine.beside = 4.0, itertools.cycle([3.0, 1.0, 5.0, 1.0, 9.0])
+    beside = machine.start_up()
+    for column, by_size in as_dict(alone).items():
+        for size, (median_s, _) in by_size.items():
+            assert beside.latency(column, size).median_s == pytest.approx(median_s)
+            assert beside.latency(column, size).high_s <= 3 * median_s
+    assert machine.n_runs < n_runs / 4
+    assert list(machine.cache.iterdir()) == []
 
 
 @pytest.mark.parametrize("factor", [1.6, 0.6])
