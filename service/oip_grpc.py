@@ -204,7 +204,7 @@ class _Calls(grpc.GenericRpcHandler):
                     response = await call.answer(_parsed(call.request, body), arrived_s, context)
                     return response.SerializeToString()
         except asyncio.CancelledError:
-            call.count("disconnected" if _left_s(context) else "expired")
+            call.count("disconnected")  # or its own deadline has come, a moment before ours
             raise
         except Problem as error:
             problem = error
