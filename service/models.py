@@ -211,9 +211,8 @@ class Model:
             try:
                 # All before the first is run: together they may share a batch, and one may be no picture.
                 decoded = [await self._decoded(picture, deadline_s) for picture in pictures]
-                entered += [
-                    (self.enter(image_HWC, asked, arrived_s), decode_s) for image_HWC, decode_s in decoded
-                ]
+                for image_HWC, decode_s in decoded:  # one by one: when one is refused, those before it leave
+                    entered.append((self.enter(image_HWC, asked, arrived_s), decode_s))
                 return tuple([Answer(await settled(request), decode_s) for request, decode_s in entered])
             finally:
                 leave()

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from service.access import new_key
+from service.inference import Inference
 from tests.service import toy_artifact
 from tests.service.conftest import BATCH_SIZES, BlockedSession, Launcher, Running
 
@@ -193,6 +194,19 @@ def test_if_one_picture_is_none_no_other_of_its_request_runs(
     session.released.set()
     assert blocked.client.post(INFER, json=asking()).status_code == 200
     assert session.n_images == [1, 1, 1]
+
+
+def test_if_there_is_no_room_for_all_pictures_of_a_request_none_stays(
+    launch: Launcher, session: BlockedSession, inference: Inference
+) -> None:
+    sessions = dict.fromkeys(toy_artifact.COLUMNS, session)
+    waiting = Inference(inference.manifest, sessions, provider="cpu", sha256="0" * 64)
+    server = launch(inference=waiting, max_waiting=2)
+    pictures = {"shape": [3, *PIXELS.shape], "data": PIXELS.ravel().tolist() * 3}
+    assert_error(server.client.post(INFER, json=asking(**pictures)), 429, "2 requests wait")
+    assert server.metric("anytime_queue_length") == 0
+    session.released.set()
+    assert server.client.post(INFER, json=asking()).status_code == 200
 
 
 def test_it_is_documented(server: Running) -> None:
