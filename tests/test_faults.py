@@ -11,7 +11,7 @@ SOURCE = """def larger(a, b):
     return a if a > b else b
 """
 
-TESTS = """import larger
+TESTS = """import larger, pytest
 
 def test_larger():
     assert larger.larger(1, 2) == 2
@@ -21,6 +21,14 @@ def test_careless():
 
 def test_wrong():
     assert larger.larger(1, 2) == 1
+
+@pytest.mark.skip("no browser here")
+def test_skipped():
+    assert larger.larger(1, 2) == 2
+"""
+
+SKIPPED_WHOLE = """import pytest
+pytest.importorskip("no_such_module")
 """
 
 
@@ -92,6 +100,31 @@ def test_a_fault_that_no_test_notices_is_told_with_its_reason(tree: Path, line: 
     assert n_ill == 1
     assert reason in said
     assert "0 of 1 faults noticed" in said
+
+
+@pytest.mark.parametrize("tests", ["test_larger.py::test_skipped", "test_skipped.py"])
+def test_a_fault_whose_tests_are_all_skipped_is_untried_and_no_failure(tree: Path, tests: str) -> None:
+    (tree / "test_skipped.py").write_text(SKIPPED_WHOLE)
+    n_ill, said = examine(
+        tree,
+        f"larger.py ::: a > b ::: a < b ::: {tests}\n"
+        "larger.py ::: a > b ::: a < b ::: test_larger.py::test_larger test_larger.py::test_skipped\n",
+    )
+
+    assert n_ill == 0
+    assert "untried (skipped)  faults.txt:1" in said
+    assert "1 of 1 faults noticed, 1 untried (skipped)" in said
+    assert "SURVIVED" not in said
+
+
+def test_a_fault_that_makes_its_tests_skip_survives(tree: Path) -> None:
+    skipping = "import pytest; pytest.skip('by the fault')"
+    n_ill, said = examine(
+        tree, f"larger.py ::: return a if a > b else b ::: {skipping} ::: test_larger.py::test_larger"
+    )
+
+    assert n_ill == 1
+    assert faults.SKIPPED in said
 
 
 def test_what_git_ignores_is_not_copied(tree: Path, tmp_path: Path) -> None:

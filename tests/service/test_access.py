@@ -301,6 +301,16 @@ def test_a_client_that_comes_too_often_is_told_when_to_come_again(launch: Launch
     assert server.client.get("/healthz/live").status_code == 200
 
 
+@pytest.mark.parametrize(("believed", "statuses"), [((), [200, 429, 429]), (("127.0.0.1",), [200, 200, 429])])
+def test_only_a_proxy_that_is_listed_may_say_who_calls(
+    launch: Launcher, believed: tuple[str, ...], statuses: list[int]
+) -> None:
+    server = launch(forwarded_allow_ips=believed, max_requests_per_second=0.01, request_burst=1)
+    callers = ("192.0.2.1", "192.0.2.2", "192.0.2.2")
+    asked = [server.client.get("/model", headers={"x-forwarded-for": caller}) for caller in callers]
+    assert [response.status_code for response in asked] == statuses
+
+
 def test_a_query_that_is_too_long_is_not_read(launch: Launcher) -> None:
     server = launch(max_query_bytes=20)
     for path in ("/predict", "/model"):

@@ -47,6 +47,12 @@ def test_what_cannot_be_undone_within_bounds_is_refused(
     assert ("accept-encoding" in refused.headers) == (status == 415)
 
 
+def test_a_body_that_is_declared_too_large_is_refused_before_any_of_it_comes(launch: Launcher) -> None:
+    with launch(max_body_bytes=1000).connect() as connection:
+        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1001\r\n\r\n")
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 413")
+
+
 def test_bodies_share_their_memory_and_give_it_back(launch: Launcher) -> None:
     server = launch(max_bodies_bytes=2 * len(PIXELS) - 1)
     half_sent, is_refused = threading.Event(), threading.Event()

@@ -14,9 +14,10 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, ConsoleMessage, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
 from service import page as served
+from service.access import new_key
 from service.latency import Latency, LatencyProfile
 from tests.service import toy_artifact
 from tests.service.conftest import BATCH_SIZES, Launcher, Running
@@ -88,7 +89,6 @@ def visit(browser: Browser) -> Iterator[Open]:
         *,
         size: tuple[int, int] = DESKTOP,
         refusals: tuple[int, ...] = (),
-        prepare: Callable[[Page], object] = lambda _: None,
         **options: Any,
     ) -> Page:
         url = server if isinstance(server, str) else str(server.client.base_url)
@@ -104,7 +104,6 @@ def visit(browser: Browser) -> Iterator[Open]:
                 None if request.url.startswith((url, "blob:", "data:")) else complaints.append(request.url)
             ),
         )
-        prepare(page)
         page.goto(url)
         return page
 
@@ -378,21 +377,13 @@ def test_what_is_no_picture_is_named_as_such(visit: Open, server: Running) -> No
 
 
 @pytest.mark.browser
-def test_a_server_that_asks_for_a_key_is_given_one(visit: Open, patient: Running) -> None:
-    def ask(route: Route) -> None:
-        if route.request.headers.get("authorization") == "Bearer sesame":
-            route.continue_()
-        else:
-            problem = {"title": "Unauthorized", "status": 401, "detail": "Send a key."}
-            route.fulfill(status=401, content_type="application/problem+json", json=problem)
-
-    page = visit(
-        patient, refusals=(401,), prepare=lambda page: page.route(re.compile("/(model|metrics|predict)"), ask)
-    )
-    expect(verdict(page)).to_contain_text("Send a key.")
-    page.get_by_label("This server asks for an API key").fill("sesame")
-    page.get_by_role("button", name="Use it").click()
+def test_a_server_that_asks_for_a_key_is_given_one(visit: Open, launch: Launcher) -> None:
+    key, hash_ = new_key()
+    page = visit(launch(default_budget_ms=5000, api_keys=(hash_,)), refusals=(401,))
     choose(page)
+    expect(verdict(page)).to_contain_text("A key is needed")
+    page.get_by_label("This server asks for an API key").fill(key)
+    page.get_by_role("button", name="Use it").click()
 
     expect(page.locator(".rung.is-answer")).to_be_visible()
     expect(page.get_by_label("This server asks for an API key")).to_be_hidden()
