@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from google.protobuf import descriptor_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from pydantic import SecretStr
 
 from service import oip_pb2 as pb
 from service.access import Access, new_key
@@ -533,7 +533,7 @@ def test_stopping_settles_everyone(
 
 def test_a_taken_port_is_one_sentence(server: Running) -> None:
     chosen = Settings(_env_file=None, profile_cache=None, grpc_port=server.grpc_port)
-    grpc_server = GrpcServer(chosen, server.repository, Access(chosen), Room(1), time.monotonic)
+    grpc_server = GrpcServer(chosen, server.repository, Access(chosen), Room(1))
 
     with pytest.raises(SettingsError, match="ANYTIME_GRPC_PORT"):
         asyncio.run(grpc_server.start())
@@ -561,3 +561,18 @@ def test_it_is_secured_as_http_is(launch: Launcher, call: Callable[..., Caller],
 
     assert pb.ServerLiveResponse.FromString(call(server, trusting).method("ServerLive")(b"")).live
     assert_refused(lambda: call(server).method("ServerLive")(b""), grpc.StatusCode.UNAVAILABLE, "")
+
+
+def test_an_encrypted_key_is_refused_with_a_sentence(server: Running, tmp_path: Path) -> None:
+    chosen = Settings(
+        _env_file=None,
+        profile_cache=None,
+        grpc_port=0,
+        tls_certificate=tmp_path / "certificate.pem",
+        tls_key=tmp_path / "key.pem",
+        tls_key_password=SecretStr("secret"),
+    )
+    grpc_server = GrpcServer(chosen, server.repository, Access(chosen), Room(1))
+
+    with pytest.raises(SettingsError, match="cannot open an encrypted key"):
+        asyncio.run(grpc_server.start())

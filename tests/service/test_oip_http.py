@@ -4,7 +4,6 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ def by_index(answer: dict[str, Any]) -> list[float]:
 
 
 @pytest.fixture
-def server(launch: Launcher, tmp_path: Path) -> Iterator[Running]:
+def server(launch: Launcher, tmp_path: Path) -> Running:
     toy_artifact.write(tmp_path / "toy" / "8", "8")
     return launch(
         model_repository=tmp_path, admin_keys=(ADMIN_HASH,), profile_seconds=0.01, batch_sizes=BATCH_SIZES
@@ -65,7 +64,7 @@ def test_triton_s_client_is_served(server: Running) -> None:
     answer = expected(server)
     probabilities, shallow = by_index(answer), by_index(expected(server, "&min_confidence=0"))
     address = f"{server.address[0]}:{server.address[1]}"
-    command = [sys.executable, ROOT / "tests/clients/oip_http.py", address, ADMIN_KEY]
+    command = [sys.executable, str(ROOT / "tests/clients/oip_http.py"), address, ADMIN_KEY]
     done = subprocess.run(command, input=png(), capture_output=True, check=False, timeout=50)
     assert done.returncode == 0, done.stderr.decode()
     found = json.loads(done.stdout)
