@@ -13,6 +13,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from service.settings import Settings
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("model", "service", "loadtests")
 DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
@@ -254,6 +256,41 @@ def test_every_link_to_a_file_leads_somewhere(name: str) -> None:
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", (ROOT / name).read_text(encoding="utf-8"))
 
     assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
+def limits() -> list[tuple[str, str, str]]:
+    """The rows of the tables in SECURITY.md that name a test: what, default, test."""
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    return re.findall(r"^\| (.+?) \| (.*?) ?\| .+? \| `(tests/\S+)` \|$", text, re.MULTILINE)
+
+
+def test_every_limit_names_a_test_that_there_is() -> None:
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    assert len(limits()) == text.count("`tests/"), "a row is not of the form that is checked here"
+
+    missing = []
+    for _, _, node in limits():
+        path, _, name = node.partition("::")
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+        if name not in {child.name for child in tree.body if isinstance(child, functions)}:
+            missing.append(node)
+
+    assert missing == []
+
+
+def test_every_limit_is_a_setting_with_that_default_and_every_bound_is_a_limit() -> None:
+    fields = {name: field.default for name, field in Settings.model_fields.items()}
+    rows = [(setting, default) for what, default, _ in limits() for setting in re.findall(r"`(\w+)`", what)]
+    bounds = {name for name in fields if name.startswith("max_") or name.endswith("_timeout_s")}
+
+    assert [setting for setting, _ in rows if setting not in fields] == []
+    assert bounds - {setting for setting, _ in rows} == set()
+    assert [
+        (setting, default)
+        for setting, default in rows
+        if (default != str(fields[setting]) if fields[setting] else not re.match("none|0", default))
+    ] == []
 
 
 def test_continuous_integration_proves_what_a_contributor_proves() -> None:

@@ -190,6 +190,23 @@ def test_a_picture_that_takes_longer_to_decode_than_the_budget_is_refused_when_t
     assert_problem(refused, 429, "while the picture was decoded")
 
 
+def test_only_so_many_threads_decode_pictures(launch: Launcher) -> None:
+    server, others = launch(decode_threads=1), set(threading.enumerate())
+    picture = io.BytesIO()
+    Image.new("RGB", (2000, 2000)).save(picture, "PNG", compress_level=1)
+
+    def ask() -> None:
+        url = f"http://127.0.0.1:{server.address[1]}/predict?budget_ms=9000"
+        httpx.post(url, content=picture.getvalue(), headers={"content-type": "image/png"}, trust_env=False)
+
+    callers = [threading.Thread(target=ask) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert sum(thread.name.startswith("decode") for thread in set(threading.enumerate()) - others) == 1
+
+
 def send_half_a_body(server: Running, *, budget_ms: float) -> bytes:
     with server.connect() as connection:
         connection.sendall(
