@@ -246,7 +246,8 @@ def test_a_reader_that_takes_nothing_is_let_go(keeper: tuple[Keeper, int]) -> No
 def test_beyond_so_many_connections_new_ones_are_closed_until_one_leaves(
     launch: Launcher, setting: str
 ) -> None:
-    server = launch(**{setting: 2})
+    bound: dict[str, Any] = {setting: 2}
+    server = launch(**bound)
     with server.connect() as first, server.connect() as second, server.connect() as third:
         assert is_served(first)
         assert is_served(second)
