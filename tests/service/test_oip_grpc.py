@@ -319,6 +319,17 @@ def test_a_message_that_is_too_large_is_refused(
     )
 
 
+def test_metadata_that_is_too_large_is_refused(launch: Launcher, call: Callable[..., Caller]) -> None:
+    caller = call(launch(grpc_port=0, max_header_bytes=1000))
+
+    assert_refused(
+        lambda: caller.infer(asking(), metadata=[("x", "y" * 1000)]),
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "metadata size exceeds",
+    )
+    assert caller.infer(asking()).model_name == "toy"
+
+
 def test_a_message_that_does_not_come_is_not_waited_for(
     launch: Launcher, call: Callable[..., Caller]
 ) -> None:
