@@ -53,6 +53,16 @@ def test_a_body_that_is_declared_too_large_is_refused_before_any_of_it_comes(lau
         assert connection.recv(1 << 16).startswith(b"HTTP/1.1 413")
 
 
+def test_a_body_that_says_what_its_budget_is_is_not_waited_for_either(launch: Launcher) -> None:
+    with launch(body_timeout_s=0.05).connect() as connection:
+        connection.settimeout(20)
+        connection.sendall(
+            b"POST /v2/models/toy/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 192\r\n"
+            b"Content-Type: application/json\r\n\r\n{"
+        )
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 408")
+
+
 def test_bodies_share_their_memory_and_give_it_back(launch: Launcher) -> None:
     server = launch(max_bodies_bytes=2 * len(PIXELS) - 1)
     half_sent, is_refused = threading.Event(), threading.Event()
