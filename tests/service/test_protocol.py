@@ -247,7 +247,7 @@ def test_beyond_so_many_connections_new_ones_are_closed_until_one_leaves(
     launch: Launcher, setting: str
 ) -> None:
     bound: dict[str, Any] = {setting: 2}
-    server = launch(**bound)
+    server = launch(header_timeout_s=60, **bound)  # not what closes the third
     with server.connect() as first, server.connect() as second, server.connect() as third:
         assert is_served(first)
         assert is_served(second)
