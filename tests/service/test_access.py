@@ -301,7 +301,10 @@ def test_a_client_that_comes_too_often_is_told_when_to_come_again(launch: Launch
     assert server.client.get("/healthz/live").status_code == 200
 
 
-@pytest.mark.parametrize(("believed", "statuses"), [((), [200, 429, 429]), (("127.0.0.1",), [200, 200, 429])])
+@pytest.mark.parametrize(
+    ("believed", "statuses"),
+    [((), [200, 429, 429]), (("192.0.2.9",), [200, 429, 429]), (("127.0.0.1",), [200, 200, 429])],
+)
 def test_only_a_proxy_that_is_listed_may_say_who_calls(
     launch: Launcher, believed: tuple[str, ...], statuses: list[int]
 ) -> None:
