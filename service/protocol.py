@@ -199,16 +199,30 @@ class StampedProtocol(HttpToolsProtocol):
     async def _shake_hands(self, transport: asyncio.Transport, tls: ssl.SSLContext) -> None:
         """Secure the connection; here and not in the listener, whose handshakes nobody counts or bounds."""
         timeout_s = self._bounds.header_timeout_s
+        handshake = self.loop.create_task(
+            self.loop.start_tls(transport, self, tls, server_side=True, ssl_handshake_timeout=timeout_s)
+        )
+        await asyncio.sleep(0)  # its first step puts TLS between the connection and us
+        self._hand_over_to(transport.get_protocol())
         try:
-            secured = await self.loop.start_tls(
-                transport, self, tls, server_side=True, ssl_handshake_timeout=timeout_s
-            )
+            secured = await handshake
         except OSError:  # the caller's business: ssl.SSLError, a timeout and a lost connection all are
             transport.abort()
             self._leave()
         else:
             if secured and not self.is_lost:
                 self._open(secured)
+
+    def _hand_over_to(self, tls: Any) -> None:
+        """Give what was read before TLS was there to it: uvloop reads on, however it was told to pause.
+
+        Args:
+            tls: A buffered protocol, as asyncio has them; uvloop's does not inherit from asyncio's.
+        """
+        if self._early:
+            early, self._early = self._early, b""
+            memoryview(tls.get_buffer(len(early)))[: len(early)] = early
+            tls.buffer_updated(len(early))
 
     def _open(self, transport: asyncio.Transport) -> None:
         """Put the joining transport between uvicorn and the connection."""
@@ -240,7 +254,7 @@ class StampedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse, and count what is neither head nor body: around and after chunks, before the first line."""
-        if not self._is_open:  # the end of the handshake may bring the first request with it
+        if not self._is_open:  # before the handshake, or the first request that came with its end
             self._early += data
             return
         if self._is_deaf:

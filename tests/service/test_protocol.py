@@ -314,6 +314,15 @@ def test_with_a_certificate_nothing_is_served_in_the_clear(
         assert not is_served(connection)
 
 
+def test_a_handshake_that_comes_at_once_is_lost_by_no_connection(
+    launch: Launcher, files: tuple[Path, Path]
+) -> None:
+    """A caller's first bytes may be read before TLS is there to take them."""
+    certificate, key = files
+    server = launch(tls_certificate=certificate, tls_key=key, header_timeout_s=2)
+    assert [secured(server, certificate) for _ in range(20)] == [200] * 20
+
+
 def test_a_handshake_that_does_not_come_is_not_waited_for(launch: Launcher, files: tuple[Path, Path]) -> None:
     certificate, key = files
     server = launch(tls_certificate=certificate, tls_key=key, header_timeout_s=0.05)
