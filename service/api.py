@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
 
 from fastapi import FastAPI, Request
@@ -28,21 +28,25 @@ from service.errors import (
     CallerGone,
     Expired,
     Failed,
+    Forbidden,
+    HeadTooLarge,
     Malformed,
     MethodNotAllowed,
     NotFound,
     Outcome,
     OutOfRange,
     Problem,
+    QueryTooLong,
     Rejected,
     Stopped,
     TooLarge,
+    Unauthorized,
     UnsupportedType,
 )
 from service.exchange import CLIENT_GONE, Exchange, Headers, Room, arrived_s, problem_document
 from service.metrics import CONTENT_TYPE
 from service.models import Answer, Asked, Model, count_answer, number, settled
-from service.oip_http import EXCHANGE, OpenInference, error_document, is_infer
+from service.oip_http import EXCHANGE, RAW, OpenInference, error_document, is_infer
 from service.repository import Repository
 from service.settings import Settings
 
@@ -53,8 +57,8 @@ logger = logging.getLogger(__name__)
 
 ANSWER_HEADERS: Headers = ((b"content-type", b"application/json"),)
 PREDICT_PROBLEMS = (
-    *(Malformed, BodyTimeout, TooLarge, UnsupportedType, OutOfRange),
-    *(Rejected, Failed, Stopped, Expired),
+    *(Malformed, Unauthorized, Forbidden, BodyTimeout, TooLarge, QueryTooLong, UnsupportedType, OutOfRange),
+    *(Rejected, HeadTooLarge, Failed, Stopped, Expired),
 )
 PARAMETERS = ("budget_ms", "top_k", "min_confidence", "stream")
 SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
@@ -284,18 +288,23 @@ class Service:
                 Exception: _on_fault,
             },
         )
-        raw: dict[str, Any] = {"response_class": Response, "response_model": None}
         app.post(
             "/predict",
             name="predict",
             openapi_extra=openapi.predict_operation(self._settings),
             responses=openapi.prediction() | openapi.problems(*PREDICT_PROBLEMS),
-            **raw,
+            dependencies=openapi.KEYS,
+            **RAW,
         )(_documented_predict)
-        app.get("/model", name="model", **raw)(self._model)
-        app.get("/healthz/live", name="live", **raw)(self._live)
-        app.get("/healthz/ready", name="ready", responses=openapi.problems(Stopped), **raw)(self._ready)
-        app.get("/metrics", name="metrics", **raw)(self._scrape)
+        status = partial(openapi.answer, "It is", openapi.STATUS_SCHEMA)
+        card = openapi.answer("What it is, what it is worth, and how fast it is here", openapi.MODEL_SCHEMA)
+        text = openapi.answer("As Prometheus reads it", {"type": "string"}, "text/plain")
+        app.get("/model", name="model", responses=card | openapi.problems(Stopped), **RAW)(self._model)
+        app.get("/healthz/live", name="live", responses=status(), **RAW)(self._live)
+        app.get("/healthz/ready", name="ready", responses=status() | openapi.problems(Stopped), **RAW)(
+            self._ready
+        )
+        app.get("/metrics", name="metrics", responses=text, **RAW)(self._scrape)
         app.include_router(self._oip.router())
         app.router.routes.extend(page.routes())
         return app

@@ -14,7 +14,7 @@ import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from service import oip
+from service import oip, openapi
 from service.errors import (
     BodyTimeout,
     Expired,
@@ -41,6 +41,9 @@ INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
 EXCHANGE = "anytime.exchange"
 """Key in the ASGI scope: the `Exchange`, for those who are called through FastAPI."""
 
+RAW: dict[str, Any] = {"response_class": Response, "response_model": None}
+"""FastAPI is to leave responses as they are."""
+
 RETRY_S = 1.0
 """When to come again with a change of the models for whose body there was no room."""
 
@@ -56,11 +59,6 @@ CHANGE_PROBLEMS = (
     *(Malformed, Unauthorized, Forbidden, NotFound, BodyTimeout, NotLoadable, TooLarge, OutOfRange),
     *(Rejected, Stopped),
 )
-ERROR_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {"error": {"type": "string", "description": "What was wrong, and what to do."}},
-}
 
 
 def is_infer(path: str) -> bool:
@@ -127,36 +125,56 @@ class OpenInference:
     def router(self) -> APIRouter:
         """All but infer, which is in it for the documentation only."""
         router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
-        raw: dict[str, Any] = {"response_class": Response, "response_model": None}
-        admin: dict[str, Any] = {
-            **raw,
-            "responses": _json("Done") | _errors(*CHANGE_PROBLEMS),
-            "openapi_extra": {
-                "requestBody": {"content": {"application/json": {"schema": {"type": "object"}}}}
-            },
-        }
-        router.get("", name="oip_server", responses=_json("This server"), **raw)(self._server)
-        router.get("/health/live", name="oip_live", responses=_json("It is"), **raw)(self._live)
-        ready = _json("It is") | _errors(Stopped)
-        router.get("/health/ready", name="oip_ready", responses=ready, **raw)(self._ready)
-        for place in ("/models/{name}", "/models/{name}/versions/{version}"):
-            suffix = "_version" if "version" in place else ""
-            of_model = _json("The model") | _errors(NotFound, Stopped)
-            router.get(place, name=f"oip_model{suffix}", responses=of_model, **raw)(self._model)
-            router.get(f"{place}/ready", name=f"oip_model_ready{suffix}", responses=of_model, **raw)(
-                self._model_ready
-            )
-            answer = _json("The answer; binary tensors follow it if they were asked for")
+        for path, name, call, response in (
+            ("", "oip_server", self._server, openapi.answer("This server", openapi.OIP_SERVER_SCHEMA)),
+            ("/health/live", "oip_live", self._live, openapi.answer("It is", openapi.OIP_LIVE_SCHEMA)),
+            (
+                "/health/ready",
+                "oip_ready",
+                self._ready,
+                openapi.answer("It is", openapi.OIP_READY_SCHEMA) | openapi.errors(Stopped),
+            ),
+        ):
+            router.get(path, name=name, responses=response, **RAW)(call)
+        for path in ("/models/{name}", "/models/{name}/versions/{version}"):
+            suffix = "_version" if "version" in path else ""
+            described = {"parameters": openapi.path_parameters(path)}
+            for below, name, call_, schema in (
+                ("", "oip_model", self._model, openapi.OIP_MODEL_SCHEMA),
+                ("/ready", "oip_model_ready", self._model_ready, openapi.OIP_MODEL_READY_SCHEMA),
+            ):
+                router.get(
+                    path + below,
+                    name=name + suffix,
+                    responses=openapi.answer("The model", schema) | openapi.errors(NotFound, Stopped),
+                    openapi_extra=described,
+                    **RAW,
+                )(call_)
+            answer = openapi.answer("The answer", openapi.INFER_RESPONSE_SCHEMA)
+            binary = {"type": "string", "format": "binary", "description": "JSON, then binary tensors."}
+            answer[200]["content"]["application/octet-stream"] = {"schema": binary}
             router.post(
-                f"{place}/infer",
+                f"{path}/infer",
                 name=f"oip_infer{suffix}",
-                responses=answer | _errors(*INFER_PROBLEMS),
-                openapi_extra=admin["openapi_extra"],
-                **raw,
+                responses=answer | openapi.errors(*INFER_PROBLEMS),
+                openapi_extra=described | openapi.body(openapi.INFER_REQUEST_SCHEMA),
+                dependencies=openapi.KEYS,
+                **RAW,
             )(_documented_infer)
-        router.post("/repository/index", name="oip_index", **admin)(self._index)
-        router.post("/repository/models/{name}/load", name="oip_load", **admin)(self._load)
-        router.post("/repository/models/{name}/unload", name="oip_unload", **admin)(self._unload)
+        load, unload = map(openapi.change_schema, (oip.LOAD_PARAMETERS, oip.UNLOAD_PARAMETERS))
+        for path, name, change, asked, schema in (
+            ("/index", "oip_index", self._index, openapi.INDEX_REQUEST_SCHEMA, openapi.INDEX_SCHEMA),
+            ("/models/{name}/load", "oip_load", self._load, load, openapi.DONE_SCHEMA),
+            ("/models/{name}/unload", "oip_unload", self._unload, unload, openapi.DONE_SCHEMA),
+        ):
+            router.post(
+                f"/repository{path}",
+                name=name,
+                responses=openapi.answer("Done", schema) | openapi.errors(*CHANGE_PROBLEMS),
+                openapi_extra={"parameters": openapi.path_parameters(path)} | openapi.body(asked),
+                dependencies=openapi.KEYS,
+                **RAW,
+            )(change)
         return router
 
     async def _server(self) -> Response:
@@ -238,20 +256,6 @@ class OpenInference:
 
 def _response(document: object) -> Response:
     return Response(orjson.dumps(document), media_type="application/json")
-
-
-def _json(description: str) -> dict[int | str, dict[str, Any]]:
-    return {200: {"description": description, "content": {"application/json": {"schema": {}}}}}
-
-
-def _errors(*kinds: type[Problem]) -> dict[int | str, dict[str, Any]]:
-    return {
-        kind.status: {
-            "description": kind.title,
-            "content": {"application/json": {"schema": ERROR_SCHEMA}},
-        }
-        for kind in kinds
-    }
 
 
 async def _documented_infer() -> Response:

@@ -419,10 +419,11 @@ def test_health_and_documentation(server: Running) -> None:
     assert "swagger" in server.client.get("/docs").text
     operation = server.client.get("/openapi.json").json()["paths"]["/predict"]["post"]
     assert {parameter["name"] for parameter in operation["parameters"]} == {
-        *("budget_ms", "top_k", "min_confidence", "X-Budget-Ms", "X-Request-Id")
+        *("budget_ms", "top_k", "min_confidence", "stream", "X-Budget-Ms", "X-Request-Id")
     }
     assert {"image/png", "application/json"} <= operation["requestBody"]["content"].keys()
     assert operation["responses"].keys() == {
-        *("200", "400", "408", "413", "415", "422", "429", "500", "503", "504")
+        *("200", "400", "401", "403", "408", "413", "414", "415", "422", "429", "431", "500", "503", "504")
     }
-    assert json.dumps(operation).count("application/problem+json") == 9
+    assert json.dumps(operation).count("application/problem+json") == 13
+    assert len(operation["security"]) == 2

@@ -140,7 +140,7 @@ def test_what_cannot_be_loaded_changes_nothing(
     ("setting", "value", "says"),
     [("max_models", 1, "set max_models"), ("load_timeout_s", 1e-6, "set load_timeout_s")],
 )
-def test_loading_has_bounds(launch: Launcher, folder: Path, setting: str, value: float, says: str) -> None:
+def test_loading_has_bounds(launch: Launcher, folder: Path, setting: str, value: Any, says: str) -> None:
     server = launch(model_repository=folder, **QUICKLY, **{setting: value})
     with pytest.raises(NotLoadable, match=says):
         server.on_loop(server.repository.load("toy", "9"))
