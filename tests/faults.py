@@ -6,6 +6,7 @@ worker breaks, tests and mends a copy of its own. Knows nothing of what the prod
 
 import argparse
 import os
+import random
 import re
 import shlex
 import shutil
@@ -169,14 +170,28 @@ def break_and_test(copy: Path, fault: Fault) -> str:
         path.write_text(whole, encoding="utf-8")
 
 
-def examine(root: Path, faults: Sequence[Fault], workers: int, say: Callable[[str], None]) -> int:
-    """Try every fault and tell of each that was not noticed.
+def sample(faults: Sequence[Fault], n: int, root: Path) -> list[Fault]:
+    """Choose some, in order: always the same for a commit, others for the next.
+
+    Raises:
+        subprocess.CalledProcessError: `root` is not a git work tree with a commit.
+    """
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, check=True, capture_output=True, text=True)
+    chosen = random.Random(head.stdout).sample(list(faults), min(n, len(faults)))
+    return sorted(chosen, key=lambda fault: fault.line)
+
+
+def examine(
+    root: Path, faults: Sequence[Fault], workers: int, say: Callable[[str], None], n: int | None = None
+) -> int:
+    """Try every fault, or some, and tell of each that was not noticed.
 
     Args:
         root: The working tree to copy.
         faults: What to break, in order.
         workers: How many copies are tested at a time.
         say: Takes each line of the report.
+        n: How many to try; every one where None. A line that cannot be put into its file is told either way.
 
     Returns:
         How many faults were tried and not noticed by a failing test, for whatever reason. Where every test is
@@ -186,7 +201,10 @@ def examine(root: Path, faults: Sequence[Fault], workers: int, say: Callable[[st
     """
     begun_s = time.monotonic()
     ill = {fault: reason for fault in faults if (reason := misplaced(fault, root))}
+    n_misplaced = len(ill)
     sound = [fault for fault in faults if fault not in ill]
+    if n is not None:
+        sound = sample(sound, n, root)
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         mine = threading.local()
 
@@ -222,7 +240,7 @@ def examine(root: Path, faults: Sequence[Fault], workers: int, say: Callable[[st
         say(f"{fault}\n    {ill[fault]}; tests: {shlex.join(fault.tests)}")
     for fault in untried:
         say(f"untried (skipped)  {fault}\n    tests: {shlex.join(fault.tests)}")
-    n_tried = len(faults) - len(untried)
+    n_tried = n_misplaced + len(sound) - len(untried)
     say(
         f"{n_tried - len(ill)} of {n_tried} faults noticed, {len(untried)} untried (skipped), "
         f"in {time.monotonic() - begun_s:.0f} s."
@@ -238,6 +256,12 @@ def main(arguments: Iterable[str] | None = None) -> int:
     )
     parser.add_argument(
         "-j", dest="workers", type=int, default=2, help="copies tested at a time (default: 2)"
+    )
+    parser.add_argument(
+        "--sample",
+        type=int,
+        metavar="N",
+        help="try only N of them, others for each commit, and place them all",
     )
     options = parser.parse_args(list(arguments) if arguments is not None else None)
     root = Path(__file__).resolve().parent.parent
@@ -255,7 +279,8 @@ def main(arguments: Iterable[str] | None = None) -> int:
     if not chosen:
         print("No line of tests/faults.txt matches.", file=sys.stderr)
         return 1
-    return 1 if examine(root, chosen, options.workers, lambda line: print(line, flush=True)) else 0
+    n_ill = examine(root, chosen, options.workers, lambda line: print(line, flush=True), options.sample)
+    return 1 if n_ill else 0
 
 
 if __name__ == "__main__":

@@ -46,9 +46,14 @@ def tree(tmp_path: Path) -> Path:
     return tree
 
 
-def examine(tree: Path, lines: str) -> tuple[int, str]:
+def commit(tree: Path, message: str) -> None:
+    author = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+    subprocess.run(["git", *author, "commit", "-q", "--allow-empty", "-m", message], cwd=tree, check=True)
+
+
+def examine(tree: Path, lines: str, n: int | None = None) -> tuple[int, str]:
     said: list[str] = []
-    n_ill = faults.examine(tree, faults.read_faults(lines), 1, said.append)
+    n_ill = faults.examine(tree, faults.read_faults(lines), 1, said.append, n)
     return n_ill, "\n".join(said)
 
 
@@ -125,6 +130,29 @@ def test_a_fault_that_makes_its_tests_skip_survives(tree: Path) -> None:
 
     assert n_ill == 1
     assert faults.SKIPPED in said
+
+
+def test_a_sample_is_the_same_for_a_commit_and_another_for_the_next(tree: Path) -> None:
+    lines = faults.read_faults("\n".join(f"a.py ::: x ::: {number} ::: t.py" for number in range(100)))
+    commit(tree, "one")
+    first, again = faults.sample(lines, 5, tree), faults.sample(lines, 5, tree)
+    commit(tree, "two")
+    other = faults.sample(lines, 5, tree)
+
+    assert first == again == sorted(first, key=lambda fault: fault.line)
+    assert len(set(first)) == 5
+    assert set(first) != set(other)
+    assert faults.sample(lines, 1000, tree) == lines
+
+
+def test_outside_the_sample_a_misplaced_line_is_still_told(tree: Path) -> None:
+    commit(tree, "one")
+    good = "larger.py ::: a > b ::: a < b ::: test_larger.py::test_larger\n"
+    n_ill, said = examine(tree, good * 3 + "absent.py ::: a ::: b ::: test_larger.py::test_larger\n", n=1)
+
+    assert n_ill == 1
+    assert "cannot read absent.py" in said
+    assert "1 of 2 faults noticed" in said
 
 
 def test_what_git_ignores_is_not_copied(tree: Path, tmp_path: Path) -> None:
