@@ -47,11 +47,11 @@ $(VENV)/serve: $(VENV)/made pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/all: $(VENV)/made pyproject.toml constraints.txt
-	$(call say,Installing everything - serving$(,) training$(,) load tests$(,) development - into $(VENV). The first time takes some minutes.)
+	$(call say,Installing everything - serving$(,) tracing$(,) training$(,) load tests$(,) development - into $(VENV). The first time takes some minutes.)
 	@if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1; then \
 	    echo "    No NVIDIA driver here: 'PIP_EXTRA_INDEX_URL=$(CPU_TORCH) make ...' saves about 3 GB of CUDA libraries."; \
 	fi
-	@$(PIP_INSTALL) -e '.[serve,train,load,dev]'
+	@$(PIP_INSTALL) -e '.[serve,tracing,train,load,dev]'
 	@touch $@ $(VENV)/serve
 
 # ---- use ----
