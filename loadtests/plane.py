@@ -33,11 +33,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loadtests import arrivals as schedules
-from loadtests import openloop, report
+from loadtests import openloop, records, report
 from loadtests.arrivals import Arrivals
 from loadtests.offline import processor_name, read_test_images
 from loadtests.openloop import Reply
-from loadtests.report import Record, Summary
+from loadtests.records import Record, Summary
 
 POLICIES = ("anytime", "fixed-shallow", "fixed-deep", "deepest-fit", "slackfit")
 OUTCOMES: Mapping[int, str] = {200: "answered", 429: "rejected", 504: "expired", 0: "lost"}
@@ -229,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     for policy in shuffled.sample(policies, len(policies)):
                         time.sleep(SETTLE_S)
                         replies = offer(servers[policy].url, arrivals, bodies)
-                        seen = report.summary(record(replies, arrivals, labels))
+                        seen = records.summary(record(replies, arrivals, labels))
                         panel = f"load {load:g}, {name}"
                         runs.setdefault((panel, policy), []).append(seen)
                         row = {
@@ -240,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         }
                         rows.append(row | asdict(seen))
                         print(_line(panel, policy, seen, row["added_ms"]), flush=True)
-    points = [report.point(policy, panel, of) for (panel, policy), of in runs.items()]
+    points = [records.point(policy, panel, of) for (panel, policy), of in runs.items()]
     print(report.table(points))
     if chosen.out:
         _write(chosen.out, capacity, rows, points, arguments or sys.argv[1:])
@@ -262,7 +262,7 @@ def _write(
     out: Path,
     capacity: float,
     rows: Sequence[Mapping[str, Any]],
-    points: Sequence[report.Point],
+    points: Sequence[records.Point],
     arguments: Sequence[str],
 ) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 
 from loadtests import arrivals as schedules
-from loadtests import report
+from loadtests import records, report
 from loadtests.arrivals import Arrivals
 from loadtests.offline import Offline, Outcomes, processor_name, read_test_images
 from loadtests.oracle import Bound, bound
-from loadtests.report import Record
+from loadtests.records import Record
 from service.ladder import ConfidenceTable, Ladder
 from service.latency import Latency, LatencyProfile, LiveProfile
 from service.policies import POLICY_NAMES, PolicyName, named
@@ -326,11 +326,11 @@ def compare(
     *,
     n_replicas: int,
     balance: str,
-) -> tuple[dict[PolicyName, list[report.Summary]], list[Bound]]:
+) -> tuple[dict[PolicyName, list[records.Summary]], list[Bound]]:
     """Play each of these series of requests with each policy; and what the oracle says of each."""
     summaries = {
         policy: [
-            report.summary(
+            records.summary(
                 Simulation(
                     named(policy),
                     machine,
@@ -372,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ladder = ladder_of(manifest)
     rate_hz = machine.capacity_hz(ladder.shallowest) * chosen.replicas
     print(f"Load 1 is {rate_hz:.0f} requests/s: column 1 alone, in the batches that are cheapest per image.")
-    points: list[report.Point] = []
+    points: list[records.Point] = []
     asked = chosen.policies.split(",")
     policies = [policy for policy in POLICY_NAMES if policy in asked]
     if len(policies) < len(asked):
@@ -396,7 +396,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             took_s = time.perf_counter() - started_s
             for policy, runs in summaries.items():
-                points.append(report.point(policy, panel, runs))
+                points.append(records.point(policy, panel, runs))
                 print(_line(panel, policy, runs, bounds))
             limit = f"in time {_mean(b.attainment for b in bounds):.4f}"
             limit += f"                 of all {_mean(b.accuracy_of_all for b in bounds):.4f}"
@@ -448,7 +448,7 @@ def _mean(values: Iterable[float]) -> float:
     return float(np.mean(list(values)))
 
 
-def _line(panel: str, policy: str, runs: Sequence[report.Summary], bounds: Sequence[Bound]) -> str:
+def _line(panel: str, policy: str, runs: Sequence[records.Summary], bounds: Sequence[Bound]) -> str:
     all_right = _mean(run.accuracy_of_all for run in runs)
     regret = _mean(b.accuracy_of_all for b in bounds) - all_right
     return (

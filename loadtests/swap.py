@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from loadtests import arrivals as schedules
-from loadtests import openloop, plane, report
+from loadtests import openloop, plane, records
 from loadtests.offline import processor_name
 from loadtests.openloop import Reply
 
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     f"in time {swap.before_in_time:.2%} and {swap.during_in_time:.2%}",
                     flush=True,
                 )
-    mean, half = report.interval([swap.ratio for swap in swaps])
+    mean, half = records.interval([swap.ratio for swap in swaps])
     print(f"p99 during over p99 before: {mean:.2f} +- {half:.2f} (95 %, n = {len(swaps)})")
     if chosen.out:
         head = {

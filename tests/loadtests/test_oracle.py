@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loadtests import report
+from loadtests import records
 from loadtests.arrivals import Arrivals
 from loadtests.offline import Outcomes
 from loadtests.oracle import bound, expected_accuracy
@@ -56,6 +56,6 @@ def test_no_policy_exceeds_the_bound(policy: PolicyName, load: float, name: str)
     outcomes = Outcomes.made_up(json.loads((ARTIFACT / "manifest.json").read_text()), 2000, seed=0)
     arrivals = requests(load, name=name)
     limit = bound(arrivals, outcomes, cost_s=COST_S, overhead_s=0.0)
-    seen = report.summary(play(policy, arrivals, EXACT))
+    seen = records.summary(play(policy, arrivals, EXACT))
     assert seen.attainment <= limit.attainment
     assert seen.accuracy_of_all <= limit.accuracy_of_all + 0.01

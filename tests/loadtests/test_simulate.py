@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from loadtests import arrivals as schedules
-from loadtests import report
+from loadtests import records
 from loadtests.arrivals import Arrivals
 from loadtests.offline import Outcomes
-from loadtests.report import Record
+from loadtests.records import Record
 from loadtests.simulate import BALANCES, Machine, Simulation, ladder_of, main, read_profile
 from service.latency import Latency, LatencyProfile
 from service.policies import POLICY_NAMES, PolicyName, named
@@ -73,15 +73,15 @@ def test_every_request_ends_once_and_every_run_is_the_same_again(policy: PolicyN
 @pytest.mark.parametrize("balance", BALANCES)
 def test_more_replicas_answer_more(balance: str) -> None:
     arrivals = requests(3.0)
-    alone = report.summary(play("anytime", arrivals))
-    together = report.summary(play("anytime", arrivals, n_replicas=4, balance=balance))
+    alone = records.summary(play("anytime", arrivals))
+    together = records.summary(play("anytime", arrivals, n_replicas=4, balance=balance))
     assert together.attainment > 1.5 * alone.attainment
 
 
 def test_looking_at_two_replicas_is_better_than_looking_at_none() -> None:
     arrivals = requests(6.0, n=10_000)
     looked, random = (
-        report.summary(play("anytime", arrivals, n_replicas=8, balance=balance)).attainment
+        records.summary(play("anytime", arrivals, n_replicas=8, balance=balance)).attainment
         for balance in ("power-of-two", "random")
     )
     assert looked > random
@@ -91,7 +91,7 @@ def test_looking_at_two_replicas_is_better_than_looking_at_none() -> None:
 def test_the_policy_that_ships_gets_more_right_in_time_than_any_that_runs_one_column(load: float) -> None:
     """In simulated time nothing is noisy: these are exact repetitions."""
     arrivals = requests(load, n=8000)
-    right = {policy: report.summary(play(policy, arrivals)).accuracy_of_all for policy in POLICY_NAMES}
+    right = {policy: records.summary(play(policy, arrivals)).accuracy_of_all for policy in POLICY_NAMES}
     assert max(right, key=lambda policy: right[policy]) == "anytime"
 
 
@@ -99,7 +99,7 @@ def test_stalls_are_survived() -> None:
     machine = Machine(EXACT.profile, before_s=0.0, reserve_s=0.0, stall_share=0.002)
     arrivals = requests(0.5)
     record = play("anytime", arrivals, machine)
-    assert 0.5 < report.summary(record).attainment < report.summary(play("anytime", arrivals)).attainment
+    assert 0.5 < records.summary(record).attainment < records.summary(play("anytime", arrivals)).attainment
     # Who has an answer in hand is sent it on time, however long a refinement takes.
     is_refined = np.char.find(record.columns_run, "+") > 0
     assert is_refined.any()
