@@ -119,10 +119,12 @@ class Model:
             metrics: Told of every run.
             decode_threads: Decode large pictures.
         """
-        loop = asyncio.get_running_loop()
+        loop, clock = asyncio.get_running_loop(), self._clock
 
+        # Not by way of `self`: the engine would hold the model that holds it. Such a circle is left to the
+        # garbage collector, which does not look at what lived when it was told to freeze (see `Repository`).
         def call_at(when_s: float, callback: Callable[[], None]) -> Cancellable:
-            return loop.call_later(max(0.0, when_s - self._clock()), callback)
+            return loop.call_later(max(0.0, when_s - clock()), callback)
 
         spec = self.manifest.input
         self._decoder = Decoder(

@@ -76,8 +76,8 @@ class Repository:
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
         """Within it the models take requests; at its end they are drained and closed."""
-        for model in self._versions.values():
-            self._open(model)
+        for key in self._versions:  # a variable for the model would keep it here after it is replaced
+            self._open(self._versions[key])
         # What lives now lives for good: a full collection that looks at it again stalls requests for 100 ms
         # and more.
         gc.collect()

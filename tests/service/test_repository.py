@@ -1,8 +1,10 @@
 """Models come and go beside serving: whole or not at all, and nobody who is inside is turned out."""
 
 import asyncio
+import gc
 import json
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,21 @@ def test_who_is_inside_is_answered_by_the_version_that_took_it_in(
     ((version, columns_run),) = [(answer["version"], answer["columns_run"]) for answer in answers]
     assert (version, columns_run) == ("7", ["1", "2", "3"])
     assert states(server)["toy/7"] == "UNAVAILABLE"
+
+
+def test_a_version_that_was_replaced_leaves_the_memory(server: Running) -> None:
+    """Without the garbage collector: what lived when a version began to serve is frozen, out of its sight."""
+    gc.disable()
+    try:
+        replaced = []
+        for version in ("9", "10"):
+            replaced.append(weakref.ref(server.repository.model()))
+            version_that_answers(server)
+            server.on_loop(server.repository.load("toy", version))
+        while any(model() for model in replaced):  # the thread that ran it may still be about to end
+            pass
+    finally:
+        gc.enable()
 
 
 def damage(folder: Path) -> None:
