@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -211,6 +212,19 @@ def test_training_installs_no_web_server() -> None:
         closure(extras()["train"]) & {"fastapi", "starlette", "uvicorn", "locust", "prometheus-client"}
         == set()
     )
+
+
+@pytest.mark.parametrize("module", ["service.inference", "model.export", "loadtests.offline"])
+def test_nobody_is_told_about_who_uses_this(module: str, tmp_path: Path) -> None:
+    """ONNX Runtime keeps the name that it gives the machine, and what it has yet to report, in a cache."""
+    environ = {"PATH": "", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+
+    for command in ("import onnxruntime", f"import {module}"):
+        subprocess.run([sys.executable, "-c", command], env=environ, check=True, timeout=50, cwd=tmp_path)
+        reports = [path for path in tmp_path.rglob("*onnxruntime*") if path.is_dir()]
+        assert bool(reports) == (command == "import onnxruntime"), reports
+        for path in reports:
+            shutil.rmtree(path)
 
 
 # ---- the documents ----
