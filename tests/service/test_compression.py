@@ -1,5 +1,6 @@
 """Encoded bodies: undone within bounds, or refused with a sentence."""
 
+import contextlib
 import gzip
 import tracemalloc
 import zlib
@@ -48,15 +49,16 @@ def test_a_bomb_never_takes_more_than_the_limit_and_a_chunk() -> None:
 
 @given(st.data())
 def test_damage_is_malformed(data: st.DataObject) -> None:
-    whole = gzip.compress(bytes(range(256)) * 8)
+    content = bytes(range(256)) * 8
+    whole = gzip.compress(content)
     cut = data.draw(st.integers(0, len(whole) - 1))
     with pytest.raises(Malformed):
         undo("gzip", whole[:cut], LIMIT)
     place = data.draw(st.integers(10, len(whole) - 1))  # before it: a name and a time, which may be anything
     flipped = bytearray(whole)
     flipped[place] ^= 1 << data.draw(st.integers(0, 7))
-    with pytest.raises(Malformed):
-        undo("gzip", bytes(flipped), LIMIT)
+    with contextlib.suppress(Malformed):  # a bit that only fills the last byte up means nothing
+        assert undo("gzip", bytes(flipped), LIMIT) == content
 
 
 @pytest.mark.parametrize("n", [10, CHUNK_BYTES, 5 * CHUNK_BYTES])
