@@ -1,6 +1,7 @@
 # Everything a person does here. Each target makes what it needs; `make` alone lists them.
 #
 # Settings, all optional:  PYTHON=/path/to/python3.12   ARGS="--budget-ms 5"   UPGRADE=1 (lock only)
+#                          SCENARIO=spike   HOST=http://127.0.0.1:8000   RECORD=run.npz (load only)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -72,6 +73,17 @@ export: $(VENV)/all ## turn a checkpoint into an artifact; ARGS go to python -m 
 evaluate: $(VENV)/all ## measure accuracy and cost of every rung; ARGS go to python -m model.evaluate
 	$(call say,Evaluating.)
 	@exec $(PY) -m model.evaluate $(ARGS)
+
+.PHONY: load
+SCENARIO := steady
+HOST := http://127.0.0.1:8000
+RECORD := runs/load/$(SCENARIO)-$(shell date +%Y%m%dT%H%M%S).npz
+load: $(VENV)/all ## offer SCENARIO=steady|ramp|burst-4|… to the running server at HOST and report; ARGS go to locust
+	$(call say,Offering loadtests/scenarios/$(SCENARIO).toml to $(HOST). Ctrl-C stops it.)
+	@mkdir -p $(dir $(RECORD))
+	@$(VENV)/bin/locust -f loadtests/locustfile.py --headless --only-summary --exit-code-on-error 0 \
+	    --host $(HOST) --scenario $(SCENARIO) --record $(RECORD) $(ARGS)
+	@$(PY) -m loadtests.report $(RECORD)
 
 # ---- proof ----
 

@@ -5,9 +5,13 @@ Must not know how requests were sent, nor a server's own figures, except to hold
 client's clock.
 """
 
+import json
 import math
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +21,10 @@ Interval = tuple[float, float]
 """Mean and half-width; the half-width is NaN where there was one run only."""
 
 OUTCOMES = ("answered", "rejected", "expired", "failed", "lost")
+OUTCOME_BY_STATUS: Mapping[int, str] = {200: "answered", 429: "rejected", 504: "expired", 0: "lost"}
+"""Any other is "failed"; 0 stands for no response."""
+Z_95 = 1.959964
+"""The standard normal distribution lies within +- this with 95 %."""
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "p99.9": 0.999}
 
 MAX_LAG_S = 0.002
@@ -71,6 +79,34 @@ class Record:
 
     def __len__(self) -> int:
         return len(self.due_s)
+
+    def save(self, path: Path, about: Mapping[str, Any]) -> None:
+        """Keep it as one compressed .npz, with what is to be known about the run.
+
+        Args:
+            path: Ends in .npz.
+            about: Must be fit for JSON.
+        """
+        columns: dict[str, NDArray[Any]] = dict(vars(self))
+        np.savez_compressed(path, allow_pickle=False, about=np.array(json.dumps(about)), **columns)
+
+    @classmethod
+    def load(cls, path: Path) -> tuple[Self, dict[str, Any]]:
+        """Read what `save` wrote: the record, and what is to be known about the run.
+
+        Raises:
+            OSError: there is no such file.
+            ValueError: it holds something else.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                columns = {name: arrays[name] for name in arrays.files}
+                about = json.loads(str(columns.pop("about")))
+                return cls(**columns), about
+        except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{path} is no record of a load test ({error}): make it with --record"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -188,6 +224,40 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
         return mean, math.nan
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return mean, _t_quantile(len(values) - 1, confidence) * error
+
+
+def share_interval(n_hits: int, n: int) -> tuple[float, float]:
+    """Bounds that cover a share with 95 % confidence; (0, 1) where nothing was tried.
+
+    Requests of one run are taken as independent; where they come in bursts the truth is wider.
+
+    Source: E. B. Wilson, Journal of the American Statistical Association 22, 1927.
+    """
+    if not n:
+        return 0.0, 1.0
+    share, spread = n_hits / n, Z_95**2 / n
+    middle = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
+    # Rounding must not put the share itself outside.
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
+
+
+def quantile_interval(values: Floats, quantile: float) -> tuple[float, float]:
+    """Bounds that cover a quantile with 95 % confidence, whatever the distribution; NaN without values.
+
+    Independence is taken as in `share_interval`. Bounds that few values cannot give are the smallest and the
+    largest of them.
+
+    Source: order statistics with the normal approximation of the binomial; Conover, "Practical Nonparametric
+    Statistics", 1999, section 3.2.
+    """
+    n = len(values)
+    if not n:
+        return math.nan, math.nan
+    ascending = np.sort(values)
+    half = Z_95 * math.sqrt(n * quantile * (1 - quantile))
+    low, high = math.floor(n * quantile - half), math.ceil(n * quantile + half)
+    return float(ascending[max(0, low)]), float(ascending[min(n - 1, high)])
 
 
 def point(policy: str, panel: str, runs: Sequence[Summary]) -> Point:

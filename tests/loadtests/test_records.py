@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -242,3 +243,41 @@ def test_a_point_puts_runs_together() -> None:
     assert p.attainment == pytest.approx((0.75, 12.7062 * 0.25))  # t of two runs x half their distance
     assert p.accuracy == (1.0, 0.0)
     assert p.accuracy_of_all == pytest.approx((0.75, 12.7062 * 0.25))
+
+
+# ---- intervals of one run ----
+
+
+@given(st.integers(0, 500), st.integers(0, 500))
+def test_the_interval_of_a_share_holds_the_share(hits: int, misses: int) -> None:
+    low, high = records.share_interval(hits, hits + misses)
+
+    assert 0 <= low <= (hits / (hits + misses) if hits + misses else 0.5) <= high <= 1
+
+
+def test_the_interval_of_a_share_is_wilsons() -> None:
+    # R: binom::binom.confint(9, 10, methods = "wilson")
+    assert records.share_interval(9, 10) == pytest.approx((0.5958500, 0.9821238), abs=1e-6)
+
+
+def test_the_interval_of_a_quantile_covers_it_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    truth = -math.log(0.1)  # the 90th percentile of an exponential distribution
+    intervals = [records.quantile_interval(rng.exponential(size=400), 0.9) for _ in range(500)]
+
+    assert 0.92 <= np.mean([low <= truth <= high for low, high in intervals]) <= 0.99
+
+
+def test_a_quantile_of_nothing_is_none() -> None:
+    assert all(math.isnan(bound) for bound in records.quantile_interval(np.array([]), 0.5))
+    assert records.quantile_interval(np.array([2.0]), 0.99) == (2.0, 2.0)
+
+
+def test_a_record_that_is_kept_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "run.npz"
+    record_of(BY_HAND).save(path, {"scenario": "by hand"})
+    back, about = Record.load(path)
+
+    assert about == {"scenario": "by hand"}
+    for name, values in vars(record_of(BY_HAND)).items():
+        assert np.array_equal(getattr(back, name), values, equal_nan=values.dtype.kind == "f"), name

@@ -5,10 +5,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from loadtests import report
-from loadtests.records import Point
+from loadtests.records import Point, Record
 
 
 def a_point(
@@ -72,3 +73,42 @@ def test_fifty_six_policies_look_different() -> None:
 def test_a_picture_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to draw"):
         report.draw_plane([], tmp_path / "plane.svg", "none")
+
+
+# ---- the report of a run ----
+
+
+def a_run(name: str, latency_ms: float) -> report.Run:
+    n = 400
+    record = Record(
+        due_s=np.linspace(0, 3, n),
+        budget_s=np.full(n, 0.005),
+        latency_s=np.where(np.arange(n) % 4, latency_ms / 1e3, 0.006),
+        outcome=np.full(n, "answered"),
+        columns_run=np.where(np.arange(n) % 2, "1", "1+2"),
+        is_correct=np.arange(n) % 5 > 0,
+        claims_met=np.full(n, fill_value=True),
+        lag_s=np.zeros(n),
+    )
+    return report.Run(name, record, {"claim": "A <claim>.", "is_labelled": True})
+
+
+def test_the_figures_of_a_run_are_judged_by_the_budget() -> None:
+    figures = a_run("now", 2.0).figures()
+
+    assert figures["attainment, %"].value == 75.0
+    assert figures["attainment, %"].low < 75.0 < figures["attainment, %"].high
+    assert figures["accuracy of those in time, %"].value == pytest.approx(80.0)
+    assert figures["right and in time, % of all"].value == pytest.approx(60.0)
+    assert figures["latency p50, ms"].value == 2.0
+    assert figures["claims of being in time that were false by over 1 ms"].value == 0
+
+
+def test_two_runs_stand_side_by_side_and_what_differs_stands_out() -> None:
+    page = report.page([a_run("now", 2.0), a_run("before", 4.0)])
+    [latency] = re.findall(r"<td>latency p50, ms</td>.*?</tr>", page, re.DOTALL)
+    [share] = re.findall(r"<td>attainment, %</td>.*?</tr>", page, re.DOTALL)
+
+    assert '<td class="bad">-2</td>' in latency
+    assert "<td>+0</td>" in share
+    assert "A &lt;claim&gt;." in page
