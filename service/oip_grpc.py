@@ -196,25 +196,34 @@ class _Calls(grpc.GenericRpcHandler):
         return grpc.stream_unary_rpc_method_handler(partial(self._serve, call, self._clock()))
 
     async def _serve(self, call: _Call, arrived_s: float, _: object, context: Context) -> bytes:
-        """Let a caller in, read what it wants and answer; a problem becomes the call's status."""
+        """Answer; a problem becomes the call's status.
+
+        This frame must hold no message: gRPC keeps what `abort` raises, and with it this frame, until the
+        garbage collector comes round.
+        """
         try:
-            with contextlib.nullcontext() if call.is_probe else self._let_in(call.door, context):
-                body = await self._body(context)
-                with self._room_for(len(body)):
-                    response = await call.answer(_parsed(call.request, body), arrived_s, context)
-                    return response.SerializeToString()
+            return await self._answer(call, arrived_s, context)
         except asyncio.CancelledError:
             call.count("disconnected")  # or its own deadline has come, a moment before ours
             raise
-        except Problem as error:
-            problem = error
+        except Problem as problem:
+            status = _counted(call, problem)
         except Exception:  # a fault of ours must not cost the caller the answer that there is none
             logger.exception("A call failed.")
-            problem = Failed(OUR_FAULT)
-        call.count(problem.outcome)
-        retry_ms = problem.headers.get("retry-after-ms")
-        metadata = (("retry-after-ms", retry_ms),) if retry_ms else ()
-        return await context.abort(CODES[problem.status], problem.detail, metadata)
+            status = _counted(call, Failed(OUR_FAULT))
+        return await context.abort(*status)
+
+    async def _answer(self, call: _Call, arrived_s: float, context: Context) -> bytes:
+        """Let a caller in, read what it wants and answer.
+
+        Raises:
+            Problem: there is no answer.
+        """
+        with contextlib.nullcontext() if call.is_probe else self._let_in(call.door, context):
+            body = await self._body(context)
+            with self._room_for(len(body)):
+                response = await call.answer(_parsed(call.request, body), arrived_s, context)
+                return response.SerializeToString()
 
     @contextlib.contextmanager
     def _let_in(self, door: Door | None, context: Context) -> Iterator[None]:
@@ -317,6 +326,17 @@ class _Calls(grpc.GenericRpcHandler):
         wanted = oip.checked(_scalars(request.parameters), oip.UNLOAD_PARAMETERS)
         await self._repository.unload(request.model_name, wanted.get("version", ""))
         return pb.RepositoryModelUnloadResponse()
+
+
+def _counted(call: _Call, problem: Problem) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
+    """Count a problem, and put it as `abort` takes it.
+
+    In values: a problem that was kept would hold the frames that it came through, and one of them it.
+    """
+    call.count(problem.outcome)
+    retry_ms = problem.headers.get("retry-after-ms")
+    metadata = (("retry-after-ms", retry_ms),) if retry_ms else ()
+    return CODES[problem.status], problem.detail, metadata
 
 
 # ---- messages in this server's words, and back ----

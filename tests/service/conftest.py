@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import socket
 import threading
 from collections.abc import Coroutine, Iterator
@@ -42,6 +43,31 @@ def profile_of(seconds: float) -> LatencyProfile:
     """Says that every run takes this long, whatever it really takes."""
     latency = Latency(seconds, seconds)
     return LatencyProfile({column: dict.fromkeys(BATCH_SIZES, latency) for column in toy_artifact.COLUMNS})
+
+
+@contextlib.contextmanager
+def nothing_left_of(*kinds: type, n_bytes: int) -> Iterator[None]:
+    """Within it, no circle of objects is left that holds something of these kinds, or so many bytes.
+
+    The garbage collector comes round for such circles once in minutes, and bodies stay until then.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        held = [one for circle in gc.garbage for one in gc.get_referents(circle)]
+        found = [
+            type(one)
+            for one in held
+            if isinstance(one, kinds) or (isinstance(one, bytes | bytearray) and len(one) >= n_bytes)
+        ]
+        assert not found
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
 
 
 @dataclass

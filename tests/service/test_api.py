@@ -15,12 +15,19 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.engine import InferenceThread, Served
-from service.errors import OUTCOMES
+from service.errors import OUTCOMES, Problem
 from service.inference import Inference
 from service.models import Answer, Asked, Model
 from service.settings import Settings
 from tests.service import toy_artifact
-from tests.service.conftest import BATCH_SIZES, BlockedSession, Launcher, Running, profile_of
+from tests.service.conftest import (
+    BATCH_SIZES,
+    BlockedSession,
+    Launcher,
+    Running,
+    nothing_left_of,
+    profile_of,
+)
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (toy_artifact.HEIGHT, toy_artifact.WIDTH, 3), np.uint8)
 RAW = {"content-type": "application/octet-stream"}
@@ -401,6 +408,28 @@ def test_every_request_is_counted_once(launch: Launcher) -> None:
     assert server.metric("anytime_latency_over_budget_ratio_count") == 1
     assert server.metric('anytime_inference_seconds_count{batch="1",column="2"}') == 1
     assert server.metric('anytime_latency_over_budget_ratio_bucket{le="1.0"}') == 1
+
+
+def test_a_refused_request_leaves_nothing_of_its_body_to_the_garbage_collector(server: Running) -> None:
+    """Through plain sockets: a client's own circles would be found as well."""
+    n_bytes = 100_000
+    with nothing_left_of(Problem, n_bytes=n_bytes):
+        for path, content_type, begins, status in (
+            ("/predict?budget_ms=5000", "image/png", b"no picture", 415),
+            ("/predict?budget_ms=5000", "image/png", png()[:100], 400),
+            ("/predict?budget_ms=5000", "application/octet-stream", b"", 400),
+            ("/predict?budget_ms=5000", "application/json", b"{", 400),
+            ("/predict?budget_ms=5000", "multipart/form-data; boundary=x", b"", 400),
+            ("/v2/models/toy/infer", "application/json", b'{"inputs": 1}', 400),
+        ):
+            head = (
+                f"POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+                f"content-type: {content_type}\r\ncontent-length: {n_bytes}\r\n\r\n"
+            )
+            with server.connect() as connection:
+                connection.sendall(head.encode() + begins.ljust(n_bytes))
+                response = b"".join(iter(lambda: connection.recv(65536), b""))
+            assert int(response.split()[1]) == status, response
 
 
 def test_the_model_describes_itself(server: Running) -> None:
