@@ -14,7 +14,7 @@ import re
 import selectors
 import urllib.parse
 from collections import deque
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -23,6 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 T = TypeVar("T")
+
+Head = Callable[[urllib.parse.SplitResult, float, str, int], bytes]
+"""From the server's address, a budget [s], a content type and the length of a body [bytes] to all that is
+sent before that body."""
 
 MAX_CONNECTIONS = 900
 """select() takes no file handle from 1,024 on, and a process has others open."""
@@ -115,6 +119,7 @@ async def send(
     bodies: Sequence[bytes],
     *,
     content_type: str,
+    head: Head | None = None,
     max_connections: int = 256,
     timeout_s: float = 10.0,
 ) -> list[Reply]:
@@ -127,6 +132,8 @@ async def send(
         image: Which of the bodies each sends.
         bodies: What can be sent.
         content_type: Of all bodies.
+        head: What stands before a body; `predict_head` if not given. Called once for each budget and length,
+            before the first request is sent.
         max_connections: When all of them are busy, a request waits for one; its lag shows it. 1 to 900.
         timeout_s: Whatever has no response this long after the last due time is lost [s].
 
@@ -160,9 +167,10 @@ async def send(
         raise ValueError(f"image must be from 0 to {len(bodies) - 1}: it is an index into the bodies")
     if not due_s:
         return []
-    head = cache(partial(_head, address, content_type=content_type))
+    head_of = cache(partial(head or predict_head, address))
     messages = [
-        (head(each_s, n_bytes=len(bodies[i])), bodies[i]) for each_s, i in zip(budgets_s, images, strict=True)
+        (head_of(each_s, content_type, len(bodies[i])), bodies[i])
+        for each_s, i in zip(budgets_s, images, strict=True)
     ]
     sending = _Sending(due_s, messages, max_connections)
     try:
@@ -175,7 +183,10 @@ async def send(
     return [Reply(*row) for row in rows]
 
 
-def _head(address: urllib.parse.SplitResult, budget_s: float, content_type: str, n_bytes: int) -> bytes:
+def predict_head(
+    address: urllib.parse.SplitResult, budget_s: float, content_type: str, n_bytes: int
+) -> bytes:
+    """Ask this project's /predict."""
     budget_ms = f"{budget_s * 1e3:.6f}".rstrip("0").rstrip(".")  # as %g, but never with an exponent
     return (
         f"POST {address.path.rstrip('/')}/predict?budget_ms={budget_ms} HTTP/1.1\r\n"

@@ -17,13 +17,10 @@ import json
 import os
 import platform
 import random
-import socket
-import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -33,82 +30,62 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loadtests import arrivals as schedules
-from loadtests import openloop, records, report
+from loadtests import hosting, openloop, records, report
 from loadtests.arrivals import Arrivals
+from loadtests.hosting import Server
 from loadtests.offline import processor_name, read_test_images
-from loadtests.openloop import Reply
-from loadtests.records import Record, Summary
+from loadtests.openloop import Head, Prediction, Reply
+from loadtests.records import OUTCOME_BY_STATUS, Record, Summary
 
 POLICIES = ("anytime", "fixed-shallow", "fixed-deep", "deepest-fit", "slackfit")
-OUTCOMES: Mapping[int, str] = {200: "answered", 429: "rejected", 504: "expired", 0: "lost"}
 START_LIMIT_S = 120.0
 SETTLE_S = 0.5
 """Pause between two runs, so that what the one left behind is not counted against the next [s]."""
+RAW_PIXELS = "application/octet-stream"
 N_SATURATING = 4000
 N_SATURATING_CONNECTIONS = 16
-
-
-@dataclass(frozen=True)
-class Server:
-    """A running service."""
-
-    policy: str
-    url: str
-    process: subprocess.Popen[bytes]
 
 
 @contextlib.contextmanager
 def serving(
     policy: str, artifact: Path, log: Path, settings: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[Server]:
-    """Start a server with this policy and these settings, and stop it at the end.
+    """Start the service with this policy and these settings, and stop it at the end.
 
     Raises:
         RuntimeError: it was not ready in time; its log says why.
     """
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = hosting.free_port()
     own = {
         "ANYTIME_POLICY": policy,
         "ANYTIME_ARTIFACT": str(artifact),
         "ANYTIME_PORT": str(port),
         "ANYTIME_GRPC_PORT": "",
     }
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "service", "serve"],
-            env={**os.environ, **own, **settings},
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        until_s = time.monotonic() + START_LIMIT_S
-        while not _is_ready(url):
-            if process.poll() is not None or time.monotonic() > until_s:
-                raise RuntimeError(f"the server did not start: see {log}")
-            time.sleep(0.1)
-        yield Server(policy, url, process)
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
+    with hosting.hosting(
+        [sys.executable, "-m", "service", "serve"],
+        port,
+        environment={**own, **settings},
+        log=log,
+        is_ready=lambda url: hosting.answers(f"{url}/healthz/ready"),
+        limit_s=START_LIMIT_S,
+    ) as server:
+        yield server
 
 
-def _is_ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/healthz/ready", timeout=1) as response:  # noqa: S310 - our own
-            return bool(response.status == 200)
-    except OSError:
-        return False
+def capacity_hz(
+    url: str,
+    bodies: Sequence[bytes],
+    *,
+    content_type: str = RAW_PIXELS,
+    head: Head | None = None,
+    n: int = N_SATURATING,
+) -> float:
+    """How many of n requests per second the server behind this address answers when it never lacks one.
 
-
-def capacity_hz(url: str, bodies: Sequence[bytes]) -> float:
-    """How many requests per second the server behind this address answers when it never lacks one."""
-    n = N_SATURATING
+    Raises:
+        RuntimeError: it answered none of them.
+    """
     replies = openloop.run(
         openloop.send(
             url,
@@ -116,17 +93,28 @@ def capacity_hz(url: str, bodies: Sequence[bytes]) -> float:
             np.full(n, 9.0),
             np.arange(n) % len(bodies),
             bodies,
-            content_type="application/octet-stream",
+            content_type=content_type,
+            head=head,
             max_connections=N_SATURATING_CONNECTIONS,
             timeout_s=60,
         )
     )
     done_s = [reply.done_s for reply in replies if reply.status == 200]
+    if not done_s:
+        raise RuntimeError(f"{url} gave no answer: its log says why")
     return len(done_s) / max(done_s)
 
 
-def offer(url: str, arrivals: Arrivals, bodies: Sequence[bytes]) -> list[Reply]:
-    """Send these requests to this server."""
+def offer(
+    url: str,
+    arrivals: Arrivals,
+    bodies: Sequence[bytes],
+    *,
+    content_type: str = RAW_PIXELS,
+    head: Head | None = None,
+    timeout_s: float = 2.0,
+) -> list[Reply]:
+    """Send these requests to this server; what has no response `timeout_s` after the last one is lost."""
     return openloop.run(
         openloop.send(
             url,
@@ -134,22 +122,38 @@ def offer(url: str, arrivals: Arrivals, bodies: Sequence[bytes]) -> list[Reply]:
             arrivals.budget_s,
             arrivals.image,
             bodies,
-            content_type="application/octet-stream",
+            content_type=content_type,
+            head=head,
             max_connections=512,
-            timeout_s=2,
+            timeout_s=timeout_s,
         )
     )
 
 
-def record(replies: Sequence[Reply], arrivals: Arrivals, labels: NDArray[np.int64]) -> Record:
-    """Judge the replies by the labels and by this process's clock."""
-    answers = [openloop.read_reply(reply) if reply.status == 200 else None for reply in replies]
+def record(
+    replies: Sequence[Reply],
+    arrivals: Arrivals,
+    labels: NDArray[np.int64],
+    *,
+    read: Callable[[Reply], Prediction] = openloop.read_reply,
+    outcome_by_status: Mapping[int, str] = OUTCOME_BY_STATUS,
+) -> Record:
+    """Judge the replies by the labels and by this process's clock.
+
+    Args:
+        replies: One for each of the arrivals.
+        arrivals: What was to be sent.
+        labels: Class of each image.
+        read: What an answer of status 200 says.
+        outcome_by_status: One of `records.OUTCOMES` for each status that is not a failure.
+    """
+    answers = [read(reply) if reply.status == 200 else None for reply in replies]
     latency_s = np.array([reply.done_s - reply.due_s for reply in replies])
     return Record(
         due_s=arrivals.at_s,
         budget_s=arrivals.budget_s,
         latency_s=latency_s,
-        outcome=np.array([OUTCOMES.get(reply.status, "failed") for reply in replies]),
+        outcome=np.array([outcome_by_status.get(reply.status, "failed") for reply in replies]),
         columns_run=np.array(["+".join(answer.columns_run) if answer else "" for answer in answers]),
         is_correct=np.array(
             [

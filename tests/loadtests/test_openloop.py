@@ -7,6 +7,7 @@ import math
 import socket
 import threading
 import time
+import urllib.parse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,6 +178,31 @@ def test_the_request_says_what_it_grants(scripted: Scripted) -> None:
     for head in scripted.heads:
         assert b"\r\nContent-Type: image/png\r\n" in head
         assert f"\r\nHost: {scripted.url.removeprefix('http://')}\r\n".encode() in head
+
+
+def test_a_server_that_is_asked_otherwise_gets_its_own_head(scripted: Scripted) -> None:
+    asked: list[tuple[float, str, int]] = []
+
+    def head(address: urllib.parse.SplitResult, budget_s: float, content_type: str, n_bytes: int) -> bytes:
+        asked.append((budget_s, content_type, n_bytes))
+        return b"POST /infer HTTP/1.1\r\nContent-Length: %d\r\n\r\n{}" % (2 + n_bytes)
+
+    bodies = [b"one", b"two", b"three"]
+    replies = run(
+        send(
+            scripted.url,
+            np.zeros(3),
+            np.full(3, 0.005),
+            np.arange(3),
+            bodies,
+            content_type="text/plain",
+            head=head,
+            timeout_s=20,
+        )
+    )
+    assert [reply.body for reply in replies] == [b"{}one", b"{}two", b"{}three"]
+    assert all(sent.startswith(b"POST /infer ") for sent in scripted.heads)
+    assert asked == [(0.005, "text/plain", 3), (0.005, "text/plain", 5)]  # once for each length
 
 
 def test_a_request_without_a_connection_waits_and_its_lag_shows_it(scripted: Scripted) -> None:

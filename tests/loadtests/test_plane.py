@@ -2,14 +2,15 @@
 
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from loadtests import plane
+from loadtests import hosting, plane
 from loadtests.arrivals import Arrivals
-from loadtests.openloop import Reply
+from loadtests.openloop import Prediction, Reply
 from tests.service import toy_artifact
 
 
@@ -61,3 +62,31 @@ def test_every_policy_serves_the_same_requests(tmp_path: Path, capsys: pytest.Ca
     assert all(run["outcomes"]["answered"] > 0 for run in runs)
     assert out.with_suffix(".svg").exists()
     assert "fixed-deep" in capsys.readouterr().out
+
+
+def test_a_server_without_an_answer_has_no_capacity(tmp_path: Path) -> None:
+    port = hosting.free_port()
+    refusing = hosting.hosting(
+        [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"],  # 501 for each POST
+        port,
+        environment={},
+        log=tmp_path / "log",
+        is_ready=hosting.answers,
+        limit_s=30,
+    )
+    with refusing as server, pytest.raises(RuntimeError, match="gave no answer"):
+        plane.capacity_hz(server.url, [b"picture"], n=20)
+
+
+def test_another_server_is_read_in_its_own_words() -> None:
+    arrivals = Arrivals(np.zeros(2), np.full(2, 0.005), np.zeros(2, np.int64))
+    record = plane.record(
+        [reply(200, b"2"), reply(418)],
+        arrivals,
+        np.array([2]),
+        read=lambda each: Prediction(("3",), int(each.body), False, "", 0.0, {}),
+        outcome_by_status={200: "answered", 418: "rejected"},
+    )
+    assert record.outcome.tolist() == ["answered", "rejected"]
+    assert record.columns_run.tolist() == ["3", ""]
+    assert record.is_correct.tolist() == [True, False]
