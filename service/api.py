@@ -8,7 +8,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
@@ -33,7 +33,6 @@ from service.errors import (
     Malformed,
     MethodNotAllowed,
     NotFound,
-    Outcome,
     OutOfRange,
     Problem,
     QueryTooLong,
@@ -62,7 +61,6 @@ PREDICT_PROBLEMS = (
 )
 PARAMETERS = ("budget_ms", "top_k", "min_confidence", "stream")
 SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
-OUTCOME_BY_STATUS: Mapping[int, Outcome] = {kind.status: kind.outcome for kind in Problem.__subclasses__()}
 
 
 class Service:
@@ -177,11 +175,13 @@ class Service:
         except CallerGone:
             exchange.status = CLIENT_GONE
         except Problem as problem:
+            # Not the problem itself: it holds these frames, which would hold it.
+            exchange.outcome, exchange.reason = problem.outcome, problem.reason
             await exchange.respond(*document(problem))
         except Exception:  # a fault of ours must not cost the caller the answer that there is none
             logger.exception("A request failed.")
             if exchange.status != CLIENT_GONE:  # half an answer: only a broken connection says so
-                exchange.served = None
+                exchange.answer = None
                 raise
             await exchange.respond(*document(Failed(OUR_FAULT)))
         finally:
@@ -193,16 +193,16 @@ class Service:
         """Before anything is read: each open request may hold a whole body."""
         if self._n_open > self._settings.max_open_requests:
             why = f"{self._n_open - 1} requests are open: retry later."
-            raise self._repository.model().engine.refusal(why)
+            raise self._repository.model().engine.refusal(why, "load")
 
     def _count(self, exchange: Exchange) -> None:
-        served, metrics = exchange.served, self._repository.metrics
-        if exchange.status == 200 and served:
-            count_answer(metrics, served, exchange.ended_s)
+        metrics = self._repository.metrics
+        if exchange.status == 200 and exchange.answer:
+            count_answer(metrics, exchange.answer, exchange.ended_s)
         elif exchange.status == CLIENT_GONE:
             metrics.count_request("disconnected")
         else:
-            metrics.count_request(OUTCOME_BY_STATUS.get(exchange.status, "failed"))
+            metrics.count_request(exchange.outcome, exchange.reason)
 
     async def _predict(self, exchange: Exchange) -> None:
         """Answer a request to /predict.
@@ -234,10 +234,11 @@ class Service:
                 leave = partial(model.engine.leave, request)
                 try:
                     with exchange.called_when_gone(leave):
-                        served = exchange.served = await settled(request)
+                        served = await settled(request)
                 finally:
                     leave()
-                document, _ = model.document(Answer(served, decode_s), asked)
+                exchange.answer = Answer(served, decode_s)
+                document, _ = model.document(exchange.answer, asked)
                 await exchange.respond(200, ANSWER_HEADERS, document)
             model.engine.observe_way_out(self._clock() - served.settled_s)
 
@@ -325,7 +326,8 @@ class Service:
 
     async def _scrape(self) -> Response:
         """Give all metrics."""
-        return Response(self._repository.metrics.exposition(), headers={"content-type": CONTENT_TYPE})
+        text = await self._repository.metrics.exposition()
+        return Response(text, headers={"content-type": CONTENT_TYPE})
 
 
 def _document_for(path: str) -> Callable[[Problem], tuple[int, Headers, bytes]]:

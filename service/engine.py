@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service import scheduling
-from service.errors import Outcome, Rejected, Stopped
+from service.errors import Outcome, Reason, Rejected, Stopped
 from service.inference import Inference
 from service.ladder import Ladder
 from service.latency import LiveProfile, Reserve
@@ -41,8 +41,8 @@ class Served:
     """One record of a request's life, built once when it is settled.
 
     `outcome` is `answered` here even if the answer then turns out late: only the edge sees the last byte
-    leave. `probabilities_K`, `columns_run` and `stopped_by` are given exactly for an answer; one that may yet
-    be refined has no `stopped_by`.
+    leave. `probabilities_K`, `columns_run`, their held-out `accuracy` and `stopped_by` are given exactly for
+    an answer; one that may yet be refined has no `stopped_by`.
     """
 
     outcome: Outcome
@@ -53,6 +53,7 @@ class Served:
     inference_s: float
     columns_run: tuple[str, ...] = ()
     probabilities_K: NDArray[np.float32] | None = None
+    accuracy: float = 0.0
     stopped_by: StoppedBy | None = None
 
 
@@ -197,6 +198,7 @@ class Engine:
         observe_run: Told column, number of images, duration [s] and the ratio to the predicted median of
             every
             run that did not fail.
+        observe_failed_run: Told the column of every run that did fail.
         observe_saved: Told the predicted time of the columns that a caller who left will not need [s].
         reserve: Kept free of every budget for building and writing the answer [s]; learns from every answer.
         brief_s: A run predicted to take no longer is not handed over to a thread [s].
@@ -215,6 +217,7 @@ class Engine:
         call_at: Callable[[float, Callable[[], None]], Cancellable],
         call_soon: Callable[[Callable[[], None]], object],
         observe_run: Callable[[str, int, float, float], None],
+        observe_failed_run: Callable[[str], None],
         observe_saved: Callable[[float], None],
         reserve: Reserve,
         brief_s: float,
@@ -229,6 +232,7 @@ class Engine:
         self._call_at = call_at
         self._call_soon = call_soon
         self._observe_run = observe_run
+        self._observe_failed_run = observe_failed_run
         self._observe_saved = observe_saved
         self._reserve = reserve
         self._brief_s = brief_s
@@ -265,8 +269,13 @@ class Engine:
         """Learn how long an answer took from being settled to its last byte being written [s]."""
         self._reserve.observe(way_out_s)
 
-    def check_admission(self, arrived_s: float, deadline_s: float) -> None:
+    def check_admission(self, arrived_s: float, deadline_s: float, spent_on: Reason = "body") -> None:
         """Find out, before anything is spent on a request, whether it would be taken in now.
+
+        Args:
+            arrived_s: When the request came.
+            deadline_s: When its answer must have been written.
+            spent_on: What its time went to since it came.
 
         Raises:
             Stopped: the server is stopping.
@@ -281,7 +290,7 @@ class Engine:
         ready_by_s = deadline_s - self._reserve.of(deadline_s - arrived_s)
         if n_unanswered >= self._max_waiting:
             self._traffic.arrived(now_s, ready_by_s - now_s)
-            raise self.refusal(f"{n_unanswered} requests wait for their first answer: retry later.")
+            raise self.refusal(f"{n_unanswered} requests wait for their first answer: retry later.", "load")
         admission = self._policy.admit(
             ready_by_s,
             now_s,
@@ -294,7 +303,10 @@ class Engine:
         if not admission.is_accepted:
             self._doubt(now_s)
             self._traffic.arrived(now_s, ready_by_s - now_s)
-            raise self.refusal(self._why_not_in_time(arrived_s, deadline_s, now_s, admission.needs_s))
+            raise self.refusal(
+                self._why_not_in_time(arrived_s, deadline_s, now_s, admission.needs_s),
+                self._reason(arrived_s, deadline_s, now_s, spent_on),
+            )
         self._judged = (deadline_s, self._n_changes)
         self._judged_until_s = max(ready_by_s - admission.needs_s, self._busy_until_s(now_s))
 
@@ -310,6 +322,13 @@ class Engine:
             f"An answer would take about {(needs_s + reserve_s) * 1e3:.2f} ms and "
             f"{max(0.0, deadline_s - now_s) * 1e3:.2f} ms are left: {remedy}."
         )
+
+    def _reason(self, arrived_s: float, deadline_s: float, now_s: float, spent_on: Reason) -> Reason:
+        """Judged by what was measured at first: a server that has become slow must not blame its callers."""
+        least_s = self._profile.measured(self._ladder.shallowest, 1).high_s + self._reserve.start_s
+        if deadline_s - arrived_s < least_s:
+            return "budget"
+        return spent_on if deadline_s - now_s < least_s else "load"
 
     def _doubt(self, now_s: float) -> None:
         """Someone is refused although nobody is here: was that learnt in a slow moment that is over?
@@ -336,13 +355,18 @@ class Engine:
             running = (r for r in self._in_run() if r.columns_run and not r.settled.done())
             self._settle(min((*queued, *running), key=ready_by), "answered", "load")
 
-    def refusal(self, why: str) -> Rejected:
-        """A refusal for this reason, with the time until what waits now is done."""
+    def refusal(self, why: str, reason: Reason) -> Rejected:
+        """A refusal with the time until what waits now is done.
+
+        Args:
+            why: One sentence for the caller.
+            reason: What took the time.
+        """
         now_s = self._clock()
         backlog_s = scheduling.backlog_s(
             now_s, self._busy_until_s(now_s), self._queue, self._profile, self._ladder
         )
-        return Rejected(why, backlog_s * self._jitter())
+        return Rejected(why, backlog_s * self._jitter(), reason)
 
     def submit(
         self,
@@ -371,7 +395,7 @@ class Engine:
         # unless decoding took so long that a run can no longer start in time.
         now_s = self._clock()
         if self._judged != (deadline_s, self._n_changes) or now_s > self._judged_until_s:
-            self.check_admission(arrived_s, deadline_s)
+            self.check_admission(arrived_s, deadline_s, spent_on="decode")
         self._make_room()
         request = Request(
             ready_by_s=deadline_s - self._reserve.of(deadline_s - arrived_s),
@@ -485,6 +509,7 @@ class Engine:
             self._observe_run(run.column, len(run.batch), elapsed_s, ratio)
         except (Exception, asyncio.CancelledError):  # whatever a run raises fails this run alone
             logger.exception("A run of column %s for %d images failed.", run.column, len(run.batch))
+            self._observe_failed_run(run.column)
             for request in run.batch:
                 self._settle_with_what_there_is(request, "failed", "load")
         self._advance()
@@ -497,7 +522,7 @@ class Engine:
         request.columns_run = columns_run
         self._queue.add(request)
         if request.on_rung:
-            request.on_rung(_served(request, "answered", self._clock()))
+            request.on_rung(self._served(request, "answered", self._clock()))
 
     def _ready_or_never(self, request: Request) -> None:
         """Send what there is, in the last moment for it. A first run in progress goes on: a late answer."""
@@ -535,22 +560,24 @@ class Engine:
             request.inference_s += now_s - self._running.started_s
         if request.settled.done():
             return
-        request.settled.set_result(_served(request, outcome, now_s, stopped_by))
+        request.settled.set_result(self._served(request, outcome, now_s, stopped_by))
 
-
-def _served(request: Request, outcome: Outcome, now_s: float, stopped_by: StoppedBy | None = None) -> Served:
-    is_answered = outcome == "answered"
-    return Served(
-        outcome=outcome,
-        arrived_s=request.arrived_s,
-        deadline_s=request.deadline_s,
-        settled_s=now_s,
-        queue_s=request.queue_s,
-        inference_s=request.inference_s,
-        columns_run=request.columns_run if is_answered else (),
-        probabilities_K=request.probabilities_K if is_answered else None,
-        stopped_by=stopped_by,
-    )
+    def _served(
+        self, request: Request, outcome: Outcome, now_s: float, stopped_by: StoppedBy | None = None
+    ) -> Served:
+        is_answered = outcome == "answered"
+        return Served(
+            outcome=outcome,
+            arrived_s=request.arrived_s,
+            deadline_s=request.deadline_s,
+            settled_s=now_s,
+            queue_s=request.queue_s,
+            inference_s=request.inference_s,
+            columns_run=request.columns_run if is_answered else (),
+            probabilities_K=request.probabilities_K if is_answered else None,
+            accuracy=self._ladder.accuracy(request.columns_run) if is_answered else 0.0,
+            stopped_by=stopped_by,
+        )
 
 
 def _overlap_s(request: Request, run: _Run, now_s: float) -> float:

@@ -11,6 +11,13 @@ Outcome = Literal["answered", "late", "rejected", "expired", "failed", "stopped"
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
+Reason = Literal["budget", "body", "decode", "load", "rate"]
+"""Why a request was rejected: `budget`, because it would not even do on an idle server as fast as when it was
+measured; `body` and `decode`, because these took too long; `load`, because others were in the way or the
+server has become slower; `rate`, because its client had had its share."""
+
+REASONS: tuple[Reason, ...] = get_args(Reason)
+
 OUR_FAULT = "The server failed on this request: tell the operator if it persists."
 
 
@@ -27,6 +34,7 @@ class Problem(Exception):
     status: ClassVar[int]
     title: ClassVar[str]
     outcome: ClassVar[Outcome] = "invalid"
+    reason: Reason | None = None
 
     def __init__(self, detail: str) -> None:
         super().__init__(detail)
@@ -160,14 +168,16 @@ class Rejected(Problem):
     Args:
         detail: One sentence for the caller.
         retry_after_s: When to come again [s from now], computed from the backlog and jittered by the engine.
+        reason: What took the time.
     """
 
     status, title = 429, "Not in time"
     outcome: ClassVar[Outcome] = "rejected"
 
-    def __init__(self, detail: str, retry_after_s: float) -> None:
+    def __init__(self, detail: str, retry_after_s: float, reason: Reason) -> None:
         super().__init__(detail)
         self.retry_after_s = retry_after_s
+        self.reason = reason
 
     @property
     def headers(self) -> dict[str, str]:
@@ -182,6 +192,9 @@ class TooManyRequests(Rejected):
     """The caller has had its share for now; whoever else asks may well be answered."""
 
     title = "Too many requests"
+
+    def __init__(self, detail: str, retry_after_s: float) -> None:
+        super().__init__(detail, retry_after_s, "rate")
 
 
 class HeadTooLarge(Problem):

@@ -13,12 +13,15 @@ import orjson
 from starlette.types import Message, Receive, Scope, Send
 
 from service import compression
-from service.engine import Served
-from service.errors import BodyTimeout, CallerGone, Problem, Rejected, TooLarge
+from service.errors import BodyTimeout, CallerGone, Outcome, Problem, Reason, Rejected, TooLarge
+from service.models import Answer
 from service.protocol import CONNECTION, RECEIVED_S, StampedProtocol
 from service.settings import Settings
 
 Headers = Sequence[tuple[bytes, bytes]]
+Refuse = Callable[[str, Reason], Rejected]
+"""Makes a refusal from a sentence for the caller and from what took the time."""
+
 PROBLEM_HEADER = (b"content-type", b"application/problem+json")
 CLIENT_GONE = 499
 """Never sent: marks the end of an exchange whose caller has gone (nginx's word for it)."""
@@ -67,7 +70,11 @@ class Exchange:
     """The request's, by lower-case name; of a name that comes twice the last."""
     n_taken_bytes: int = 0
     """Of the room for bodies."""
-    served: Served | None = None
+    answer: Answer | None = None
+    outcome: Outcome = "failed"
+    """If there is no answer."""
+    reason: Reason | None = None
+    """If it was rejected."""
     status: int = CLIENT_GONE
     ended_s: float = math.inf
 
@@ -98,7 +105,7 @@ class Exchange:
         settings: Settings,
         clock: Callable[[], float],
         deadline_s: float,
-        refuse: Callable[[str], Rejected],
+        refuse: Refuse,
         room: Room,
     ) -> bytes:
         """Read the body within its bounds; one that is slower than the budget is refused when that ends.
@@ -146,13 +153,16 @@ class Exchange:
         except TimeoutError as error:
             if left_s <= timeout_s:
                 raise refuse(
-                    "The budget was used up before the picture was here: grant more or send it faster."
+                    "The budget was used up before the picture was here: grant more or send it faster.",
+                    "body",
                 ) from error
             raise BodyTimeout(f"The body did not arrive within {timeout_s:g} s: send it faster.") from error
 
-    def _take(self, room: Room, n_bytes: int, refuse: Callable[[str], Rejected]) -> None:
+    def _take(self, room: Room, n_bytes: int, refuse: Refuse) -> None:
         if not room.take(n_bytes):
-            raise refuse("The bodies of other requests fill the memory that there is for them: retry later.")
+            raise refuse(
+                "The bodies of other requests fill the memory that there is for them: retry later.", "load"
+            )
         self.n_taken_bytes += n_bytes
 
     @contextlib.contextmanager

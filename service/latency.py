@@ -123,6 +123,8 @@ class Reserve:
     """Largest relative step from one answer to the next. Larger: follows faster, wavers more."""
 
     def __init__(self, start_s: float, *, least_s: float, most_s: float) -> None:
+        self.start_s = min(max(start_s, least_s), most_s)
+        """Of every budget, before any answer was seen [s]."""
         self._likely = Quantile(start_s, quantile=self.LIKELY, step=self.STEP, least=least_s, most=most_s)
         self._sure = Quantile(start_s, quantile=self.SURE, step=self.STEP, least=least_s, most=most_s)
 
@@ -187,6 +189,14 @@ class LiveProfile(LatencyProfile):
     def slowdown(self) -> float:
         """How many times longer runs take now than when they were measured, all columns together."""
         return math.exp(self._shared_log)
+
+    def measured(self, column: str, n_images: int) -> Latency:
+        """Latency of a batch when it was measured, whatever was learnt since.
+
+        Raises:
+            ValueError: as `latency`.
+        """
+        return self._measured[column][self.measured_size(n_images)]
 
     def observe(self, column: str, n_images: int, run_s: float) -> float:
         """Learn from one run; returns its time in units of the predicted median.

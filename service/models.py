@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from service.engine import Cancellable, Engine, InferenceThread, Request, Served
 from service.errors import CallerGone, Expired, Failed, OutOfRange, Stopped
 from service.inference import Inference, Manifest
 from service.latency import LatencyProfile, LiveProfile, Reserve
-from service.metrics import Metrics
+from service.metrics import Metrics, RunTime
 from service.policies import named
 from service.settings import Settings
 
@@ -73,6 +73,13 @@ class Answer:
 
     served: Served
     decode_s: float
+
+
+def together(answers: Sequence[Answer]) -> Answer:
+    """One record of a request with several pictures: the last one's, with the mean accuracy of all."""
+    last = max((answer.served for answer in answers), key=lambda served: served.settled_s)
+    accuracy = sum(answer.served.accuracy for answer in answers) / len(answers)
+    return Answer(replace(last, accuracy=accuracy), sum(answer.decode_s for answer in answers))
 
 
 class Model:
@@ -142,6 +149,7 @@ class Model:
             call_at=call_at,
             call_soon=loop.call_soon,
             observe_run=metrics.observe_run,
+            observe_failed_run=metrics.observe_failed_run,
             observe_saved=metrics.observe_saved,
             reserve=Reserve(
                 self._settings.overhead_reserve_ms / 1e3,
@@ -183,6 +191,13 @@ class Model:
     def slowdown(self) -> float:
         """How many times longer runs take than when they were measured."""
         return self._live_profile.slowdown
+
+    def run_times(self) -> Iterator[RunTime]:
+        """How long runs were measured to take, and are predicted to take now."""
+        for column, by_size in self._live_profile.items():
+            for size, latency in by_size.items():
+                profiled = self.profile.latency(column, size)
+                yield RunTime(self.name, self.version, column, size, profiled.median_s, latency.median_s)
 
     async def answer(
         self, pictures: Sequence[bytes | NDArray[np.uint8]], asked: Asked, *, arrived_s: float, gone: Gone
@@ -243,7 +258,8 @@ class Model:
                     image_HWC = await self._decoder.decode(content_type, body)
             except TimeoutError as error:
                 raise self.engine.refusal(
-                    "The budget was used up while the picture was decoded: grant more or send a smaller one."
+                    "The budget was used up while the picture was decoded: grant more or send a smaller one.",
+                    "decode",
                 ) from error
         return image_HWC, self._clock() - started_s
 
@@ -368,15 +384,21 @@ async def settled(request: Request) -> Served:
             )
 
 
-def count_answer(metrics: Metrics, served: Served, ended_s: float) -> None:
+def count_answer(metrics: Metrics, answer: Answer, ended_s: float) -> None:
     """Count a request whose answer's last byte left then [s, the clock of its record]."""
+    served = answer.served
     assert served.stopped_by is not None  # noqa: S101 - for the type checker: an answer has it
     metrics.count_answer(
         outcome="answered" if ended_s <= served.deadline_s else "late",
         column=served.columns_run[-1],
         stopped_by=served.stopped_by,
+        accuracy=served.accuracy,
         latency_s=ended_s - served.arrived_s,
         budget_s=served.deadline_s - served.arrived_s,
+        decode_s=answer.decode_s,
+        queue_s=served.queue_s,
+        inference_s=served.inference_s,
+        way_out_s=max(0.0, ended_s - served.settled_s),
     )
 
 

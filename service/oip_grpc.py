@@ -30,12 +30,12 @@ from service.errors import (
     Failed,
     Malformed,
     NotFound,
-    Outcome,
     Problem,
     Rejected,
     Stopped,
 )
 from service.exchange import Room
+from service.metrics import Metrics
 from service.models import Answer, Model
 from service.repository import Repository
 from service.settings import Settings, SettingsError
@@ -83,14 +83,14 @@ class _Call:
         answer: Makes what goes from what came, when it came, and the call.
         door: Which keys it needs; None if it is open to everybody.
         is_probe: It asks for health, and is never refused.
-        count: Told how a call ended that got no answer.
+        metrics: Told how a call ended that got no answer; None: it is no request for one.
     """
 
     request: type[Message]
     answer: Callable[[Any, float, Context], Awaitable[Message]]
     door: Door | None = None
     is_probe: bool = False
-    count: Callable[[Outcome], None] = lambda _: None
+    metrics: Metrics | None = None
 
 
 class GrpcServer:
@@ -171,9 +171,7 @@ class _Calls(grpc.GenericRpcHandler):
         self._room = room
         self._clock = clock
         self._n_open = 0
-        infer = _Call(
-            pb.ModelInferRequest, self._infer, door="predict", count=repository.metrics.count_request
-        )
+        infer = _Call(pb.ModelInferRequest, self._infer, door="predict", metrics=repository.metrics)
         self._by_method: Mapping[str, _Call] = {
             f"{SERVICE}ServerLive": _Call(pb.ServerLiveRequest, self._live, is_probe=True),
             f"{SERVICE}ServerReady": _Call(pb.ServerReadyRequest, self._ready, is_probe=True),
@@ -204,7 +202,8 @@ class _Calls(grpc.GenericRpcHandler):
         try:
             return await self._answer(call, arrived_s, context)
         except asyncio.CancelledError:
-            call.count("disconnected")  # or its own deadline has come, a moment before ours
+            if call.metrics:  # or its own deadline has come, a moment before ours
+                call.metrics.count_request("disconnected")
             raise
         except Problem as problem:
             status = _counted(call, problem)
@@ -264,7 +263,7 @@ class _Calls(grpc.GenericRpcHandler):
             self._room.give_back(n_bytes)
 
     def _refusal(self, why: str) -> Rejected:
-        return self._repository.model().engine.refusal(f"{why}: retry later.")
+        return self._repository.model().engine.refusal(f"{why}: retry later.", "load")
 
     # ---- answers ----
 
@@ -278,13 +277,13 @@ class _Calls(grpc.GenericRpcHandler):
         answers = await model.answer(
             wanted.pictures, wanted.asked, arrived_s=arrived_s, gone=lambda _: contextlib.nullcontext()
         )
-        served = max((answer.served for answer in answers), key=lambda served: served.settled_s)
+        answer = models.together(answers)
         response = _response(model, wanted, answers)
 
         def count() -> None:
             ended_s = self._clock()
-            models.count_answer(self._repository.metrics, served, ended_s)
-            model.engine.observe_way_out(ended_s - served.settled_s)
+            models.count_answer(self._repository.metrics, answer, ended_s)
+            model.engine.observe_way_out(ended_s - answer.served.settled_s)
 
         context.add_done_callback(lambda _: count())  # type: ignore[arg-type]  # the stub wants a class
         return response
@@ -333,7 +332,8 @@ def _counted(call: _Call, problem: Problem) -> tuple[grpc.StatusCode, str, tuple
 
     In values: a problem that was kept would hold the frames that it came through, and one of them it.
     """
-    call.count(problem.outcome)
+    if call.metrics:
+        call.metrics.count_request(problem.outcome, problem.reason)
     retry_ms = problem.headers.get("retry-after-ms")
     metadata = (("retry-after-ms", retry_ms),) if retry_ms else ()
     return CODES[problem.status], problem.detail, metadata

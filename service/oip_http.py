@@ -32,8 +32,8 @@ from service.errors import (
     Unauthorized,
     UnsupportedType,
 )
-from service.exchange import Exchange, Headers, Room, problem_headers
-from service.models import Model
+from service.exchange import Exchange, Headers, Refuse, Room, problem_headers
+from service.models import Model, together
 from service.repository import Repository
 from service.settings import Settings
 
@@ -111,7 +111,7 @@ class OpenInference:
         answers = await model.answer(
             request.pictures, request.asked, arrived_s=exchange.arrived_s, gone=exchange.called_when_gone
         )
-        exchange.served = max((answer.served for answer in answers), key=lambda served: served.settled_s)
+        exchange.answer = together(answers)
         document, raw = oip.write_json(model, request, answers)
         headers: Headers = [(b"content-type", b"application/json")]
         if raw:
@@ -120,7 +120,7 @@ class OpenInference:
                 (HEADER_LENGTH, b"%d" % len(document)),
             ]
         await exchange.respond(200, headers, document + raw)
-        model.engine.observe_way_out(self._clock() - exchange.served.settled_s)
+        model.engine.observe_way_out(self._clock() - exchange.answer.served.settled_s)
 
     def router(self) -> APIRouter:
         """All but infer, which is in it for the documentation only."""
@@ -238,7 +238,7 @@ class OpenInference:
     async def _document(self, request: Request, known: Mapping[str, type]) -> dict[str, Any]:
         exchange: Exchange = request.scope[EXCHANGE]
         try:
-            body = await self._body(exchange, lambda why: Rejected(why, RETRY_S))
+            body = await self._body(exchange, lambda why, reason: Rejected(why, RETRY_S, reason))
         finally:
             self._room.give_back(exchange.n_taken_bytes)
         try:
@@ -249,7 +249,7 @@ class OpenInference:
             raise Malformed("The body must be a JSON object, or empty.")
         return oip.checked(document, known)
 
-    async def _body(self, exchange: Exchange, refuse: Callable[[str], Rejected]) -> bytes:
+    async def _body(self, exchange: Exchange, refuse: Refuse) -> bytes:
         # The body itself says what the budget is.
         return await exchange.body(self._settings, self._clock, math.inf, refuse, self._room)
 

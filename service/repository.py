@@ -16,6 +16,7 @@ from typing import Literal
 
 from service import models
 from service.errors import NotFound, NotLoadable, Stopped
+from service.gpu import Gpus
 from service.inference import ArtifactError
 from service.metrics import Metrics
 from service.models import Model
@@ -66,6 +67,8 @@ class Repository:
             n_waiting=lambda: sum(model.n_waiting for model in self._versions.values()),
             slowdown=lambda: max((model.slowdown for model in self._versions.values()), default=1.0),
             reserve_s=lambda: max((model.reserve_s for model in self._versions.values()), default=0.0),
+            run_times=lambda: (one for model in self._versions.values() for one in model.run_times()),
+            gpus=Gpus() if settings.provider != "cpu" else None,
         )
         self.add(default)
 
@@ -83,7 +86,8 @@ class Repository:
         gc.collect()
         gc.freeze()
         try:
-            yield
+            with self.metrics.watching():
+                yield
         finally:
             await self.drain()
             gc.unfreeze()
@@ -276,6 +280,7 @@ class Repository:
             sha256=model.sha256,
             provider=model.provider,
             columns=[rung.column for rung in model.manifest.rungs],
+            accuracy={one.columns: one.accuracy for one in model.manifest.combinations},
         )
 
     @contextlib.contextmanager

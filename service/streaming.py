@@ -78,8 +78,9 @@ async def answer(
                 document, verdict = model.document(Answer(rung, decode_s), asked)
                 await exchange.send_part(_event(kind, b"prediction", document))
                 exchange.ended_s = clock()  # what comes after the last answer is not waited for
-            served = exchange.served = await settled(request)
-            end = model.progress(Answer(served, decode_s), asked) | verdict
+            served = await settled(request)
+            exchange.answer = Answer(served, decode_s)
+            end = model.progress(exchange.answer, asked) | verdict
             await exchange.send_part(_event(kind, b"done", orjson.dumps(end)), is_last=True)
             return served
     finally:

@@ -33,7 +33,7 @@ SKELETON = {
         *("__init__", "__main__", "serving", "client", "inspection"),
         *("api", "streaming", "page", "exchange", "oip", "oip_http", "oip_grpc", "oip_pb2"),
         *("protocol", "access", "repository", "models", "profiling", "engine"),
-        *("inference", "metrics", "errors", "settings", "decoding"),
+        *("inference", "metrics", "errors", "settings", "decoding", "gpu", "series"),
         *("policies", "scheduling", "waiting", "ladder", "latency"),
     ),
 }
@@ -133,6 +133,8 @@ def test_the_import_rules_allow_the_way_the_layers_point(tmp_path: Path) -> None
         ("service.oip_grpc", "service.api"),
         ("service.metrics", "service.engine"),
         ("service.errors", "service.metrics"),
+        ("service.series", "service.errors"),
+        ("service.gpu", "service.metrics"),
         ("service.access", "service.protocol"),
         ("service.access", "service.models"),
         ("service.protocol", "service.repository"),

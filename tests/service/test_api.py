@@ -184,6 +184,7 @@ def test_a_body_that_never_ends_is_let_go(launch: Launcher) -> None:
     assert b" 429 " in send_half_a_body(server, budget_ms=10)
     assert server.metric('anytime_requests_total{outcome="invalid"}') == 1
     assert server.metric('anytime_requests_total{outcome="rejected"}') == 1
+    assert server.metric('anytime_rejections_total{reason="body"}') == 1
 
 
 def test_a_picture_that_takes_longer_to_decode_than_the_budget_is_refused_when_that_ends(
@@ -191,10 +192,12 @@ def test_a_picture_that_takes_longer_to_decode_than_the_budget_is_refused_when_t
 ) -> None:
     png = io.BytesIO()
     Image.new("RGB", (4000, 4000)).save(png, "PNG", compress_level=1)
-    refused = launch().client.post(
+    server = launch()
+    refused = server.client.post(
         "/predict?budget_ms=5", content=png.getvalue(), headers={"content-type": "image/png"}
     )
     assert_problem(refused, 429, "while the picture was decoded")
+    assert server.metric('anytime_rejections_total{reason="decode"}') == 1
 
 
 def test_only_so_many_threads_decode_pictures(launch: Launcher) -> None:
@@ -383,6 +386,7 @@ def test_too_many_open_requests_are_refused_and_counted_but_health_is_not(launch
         assert int(refused.headers["retry-after"]) >= 1
         assert server.client.get("/healthz/live").status_code == 200
         assert server.metric('anytime_requests_total{outcome="rejected"}') == 1
+        assert server.metric('anytime_rejections_total{reason="load"}') == 1
     server.wait_for('anytime_requests_total{outcome="disconnected"}', 1)
     answered = server.client.post("/predict?budget_ms=5000", content=PIXELS.tobytes(), headers=RAW)
     assert answered.status_code == 200
@@ -403,6 +407,9 @@ def test_every_request_is_counted_once(launch: Launcher) -> None:
         outcome: server.metric(f'anytime_requests_total{{outcome="{outcome}"}}') for outcome in OUTCOMES
     }
     assert counted == dict.fromkeys(OUTCOMES, 0) | {"answered": 1, "invalid": 3}
+    assert server.metric('anytime_expected_correct_answers_total{outcome="answered"}') == 0.93
+    assert server.metric('anytime_stage_seconds_count{stage="way_out"}') == 1
+    assert server.metric('anytime_stage_seconds_sum{stage="inference"}') > 0
     assert server.metric('anytime_answers_total{column="3",stopped_by="deepest"}') == 1
     assert server.metric("anytime_latency_seconds_count") == 1
     assert server.metric("anytime_latency_over_budget_ratio_count") == 1

@@ -103,6 +103,7 @@ class Bench:
         self.processor = FakeProcessor(duration_s, behaviours)
         self.profile = profile or LiveProfile(PROFILE, quantile=0.95)
         self.observed: list[tuple[str, int, float, float]] = []
+        self.failed_runs: list[str] = []
         self.saved_s: list[float] = []
         self.engine = Engine(
             self.processor,
@@ -113,6 +114,7 @@ class Bench:
             call_at=loop.call_at,
             call_soon=loop.call_soon,
             observe_run=lambda *run: self.observed.append(run),
+            observe_failed_run=self.failed_runs.append,
             observe_saved=self.saved_s.append,
             reserve=Reserve(RESERVE_S, least_s=1e-4, most_s=5e-3),
             brief_s=brief_s,
@@ -151,6 +153,7 @@ async def test_a_generous_budget_gets_every_column() -> None:
     assert served.settled_s == pytest.approx(0.012)
     assert served.inference_s == pytest.approx(0.012)
     assert served.queue_s == 0
+    assert served.accuracy == ACCURACY["1", "2", "3"]
     assert served.probabilities_K is not None
     assert served.probabilities_K.argmax() == 7
 
@@ -206,20 +209,23 @@ async def test_what_cannot_be_had_in_time_is_rejected_with_a_computed_retry_time
     ) as rejected:
         bench.submit(2, 0.002)
     assert rejected.value.retry_after_s == pytest.approx(0.001 * 1.25)
+    assert rejected.value.reason == "load"
 
 
 @in_virtual_time
 async def test_a_budget_that_is_gone_on_arrival_is_rejected() -> None:
-    with pytest.raises(Rejected, match=r"0\.00 ms are left: grant at least 1\.50 ms\.$"):
+    with pytest.raises(Rejected, match=r"0\.00 ms are left: grant at least 1\.50 ms\.$") as rejected:
         Bench().submit(1, 0.0)
+    assert rejected.value.reason == "budget"
 
 
 @in_virtual_time
 async def test_a_full_engine_rejects() -> None:
     bench = Bench(max_waiting=2)
     requests = [bench.submit(i, 1.0) for i in range(2)]
-    with pytest.raises(Rejected, match="2 requests"):
+    with pytest.raises(Rejected, match="2 requests") as rejected:
         bench.submit(3, 1.0)
+    assert rejected.value.reason == "load"
     await asyncio.gather(*(request.settled for request in requests))
     assert (await bench.submit(3, 1.0).settled).outcome == "answered"
 
@@ -347,6 +353,7 @@ def test_a_failed_run_fails_its_batch_alone(behaviour: Behaviour) -> None:
         assert [(await request.settled).outcome for request in batch] == ["failed", "failed"]
         assert (await first.settled).columns_run == ("1", "2", "3")
         assert (await after.settled).columns_run == ("1", "2", "3")
+        assert bench.failed_runs == ["1"]
 
     run_in_virtual_time(test)
 
@@ -356,6 +363,7 @@ async def test_a_failed_refinement_leaves_the_answer_in_hand() -> None:
     bench = Bench(behaviours=("good", "raises"))
     served = await bench.submit(1, 0.050).settled
     assert (served.outcome, served.columns_run, served.stopped_by) == ("answered", ("1",), "load")
+    assert bench.failed_runs == [bench.processor.runs[-1][1]]
 
 
 @in_virtual_time
@@ -635,8 +643,28 @@ async def test_one_whose_time_has_gone_since_it_was_judged_is_rejected() -> None
     arrived_s, deadline_s = bench.now(), bench.now() + 0.010
     bench.engine.check_admission(arrived_s, deadline_s)
     await asyncio.sleep(0.009)  # as if its picture took this long to decode
-    with pytest.raises(Rejected, match=r"1\.00 ms are left"):
+    with pytest.raises(Rejected, match=r"1\.00 ms are left") as rejected:
         bench.engine.submit(picture(1), arrived_s=arrived_s, deadline_s=deadline_s)
+    assert rejected.value.reason == "decode"
+
+
+@in_virtual_time
+async def test_one_whose_time_went_before_it_was_here_has_its_body_to_blame() -> None:
+    bench = Bench()
+    with pytest.raises(Rejected) as rejected:
+        bench.engine.check_admission(bench.now() - 0.009, bench.now() + 0.001)
+    assert rejected.value.reason == "body"
+
+
+@in_virtual_time
+async def test_a_server_that_has_become_slow_does_not_blame_its_callers() -> None:
+    """Column 1 takes 20 ms now: 5 ms do not suffice any more, but would have when it was measured."""
+    bench = Bench()
+    for _ in range(40):
+        bench.profile.observe("1", 1, 0.020)
+    with pytest.raises(Rejected, match="grant at least") as rejected:
+        bench.submit(1, 0.005)
+    assert rejected.value.reason == "load"
 
 
 # ---- overload ----

@@ -2,7 +2,7 @@
 
 import pytest
 
-from service.errors import OUTCOMES, Problem, Rejected
+from service.errors import OUTCOMES, Malformed, Problem, Rejected, TooManyRequests
 
 
 def kinds(of: type[Problem] = Problem) -> set[type[Problem]]:
@@ -47,5 +47,11 @@ def test_each_status_means_one_outcome() -> None:
 def test_the_retry_headers_never_promise_too_early(
     retry_after_s: float, seconds: str, milliseconds: str
 ) -> None:
-    headers = Rejected("Not now.", retry_after_s).headers
+    headers = Rejected("Not now.", retry_after_s, "load").headers
     assert headers == {"retry-after": seconds, "retry-after-ms": milliseconds}
+
+
+def test_only_a_rejection_has_a_reason() -> None:
+    assert Rejected("Not now.", 1.0, "load").reason == "load"
+    assert TooManyRequests("Not so often.", 1.0).reason == "rate"
+    assert Malformed("No.").reason is None

@@ -428,6 +428,7 @@ def test_every_call_for_an_answer_is_counted_once(launch: Launcher, call: Callab
     caller.method("ServerMetadata")(b"")
 
     outcomes(server, answered=1, invalid=2, failed=0, disconnected=0)
+    assert server.metric('anytime_expected_correct_answers_total{outcome="answered"}') == 0.93
     assert server.metric('anytime_answers_total{column="3",stopped_by="deepest"}') == 1
     assert server.metric("anytime_latency_seconds_count") == 1
 
@@ -464,6 +465,7 @@ def test_what_cannot_be_had_in_time_is_refused_and_counted(
 
     assert int(dict(error.trailing_metadata())["retry-after-ms"]) >= 1
     outcomes(server, rejected=1)
+    assert server.metric('anytime_rejections_total{reason="budget"}') == 1
 
 
 def hanging(inference: Inference, session: BlockedSession) -> Inference:

@@ -161,6 +161,7 @@ def test_an_answer_is_counted_once_and_so_is_a_refusal(launch: Launcher) -> None
     assert server.metric('anytime_requests_total{outcome="answered"}') == 1
     assert server.metric('anytime_requests_total{outcome="invalid"}') == 1
     assert server.metric('anytime_answers_total{column="3",stopped_by="deepest"}') == 1
+    assert server.metric('anytime_expected_correct_answers_total{outcome="answered"}') == 0.93
 
 
 def test_one_who_hangs_up_is_refined_no_further(blocked: Running, session: BlockedSession) -> None:

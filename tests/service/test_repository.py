@@ -215,3 +215,9 @@ def test_a_model_that_is_not_loaded_is_not_found(server: Running) -> None:
     for name, version, problem in (("dog", "", NotFound), ("toy", "8", NotFound)):
         with pytest.raises(problem, match="is not loaded"):
             server.repository.model(name, version)
+
+
+def test_only_a_server_that_may_run_on_a_gpu_looks_at_one(launch: Launcher) -> None:
+    """Else a GPU that is left to others would look like one that could not be used."""
+    assert launch(provider="cpu").repository.metrics._gpus is None
+    assert launch(provider="auto").repository.metrics._gpus is not None

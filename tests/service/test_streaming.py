@@ -138,6 +138,7 @@ def test_a_stream_is_counted_as_one_answer(launch: Launcher) -> None:
     server.client.post(f"{URL}&stream=sse", content=PIXELS.tobytes(), headers=RAW)
     assert server.metric('anytime_requests_total{outcome="answered"}') == 1
     assert server.metric('anytime_answers_total{column="3",stopped_by="deepest"}') == 1
+    assert server.metric('anytime_expected_correct_answers_total{outcome="answered"}') == 0.93
 
 
 def test_a_reader_that_takes_nothing_holds_up_nobody(inference: Inference) -> None:
