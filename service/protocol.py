@@ -14,7 +14,7 @@ from typing import Any
 
 import httptools
 import orjson
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.utils import get_remote_addr
 
 from service.access import client_of
@@ -167,6 +167,7 @@ class StampedProtocol(HttpToolsProtocol):
         self._watcher: asyncio.TimerHandle | None = None
         self._due_s = math.inf
         """When the caller must have done the next thing; infinity while it is owed an answer [s]."""
+        self._serving: RequestResponseCycle | None = None
         self._is_open = False
         self._is_in_head = False
         self._is_deaf = False
@@ -235,7 +236,14 @@ class StampedProtocol(HttpToolsProtocol):
             self.data_received(early)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell those who asked to be told."""
+        """Tell those who asked to be told.
+
+        uvicorn tells only the request that came last, and takes the one that is being served for a fault if
+        others wait behind it on the connection.
+        """
+        if self._serving and not self._serving.response_complete:
+            self._serving.disconnected = True
+            self._serving.message_event.set()
         if self._is_open:
             super().connection_lost(exc)
         self.is_lost = True
@@ -332,6 +340,10 @@ class StampedProtocol(HttpToolsProtocol):
         """Take what surrounds a body for as much as the body at most, so that chunks are not refused."""
         self._n_around_bytes = max(0, self._n_around_bytes - 2 * len(body))
         super().on_body(body)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._serving = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
         """Turn to the next request; as uvicorn's, but without a timer."""

@@ -27,7 +27,7 @@ from service.protocol import (
 )
 from service.settings import Settings, SettingsError
 from tests.service import toy_artifact
-from tests.service.conftest import Launcher, Running
+from tests.service.conftest import BlockedSession, Launcher, Running
 
 BODY = bytes(toy_artifact.HEIGHT * toy_artifact.WIDTH * 3)
 
@@ -265,6 +265,16 @@ def test_only_so_many_requests_are_kept_ahead(blocked: Running) -> None:
         connection.sendall(request() * (1 + most + 1))
         assert until_closed(connection) == b""
     blocked.wait_for('anytime_requests_total{outcome="disconnected"}', 1)
+
+
+def test_who_leaves_with_requests_ahead_is_no_fault(
+    blocked: Running, session: BlockedSession, caplog: pytest.LogCaptureFixture
+) -> None:
+    with blocked.connect() as connection:
+        connection.sendall(request() * 3)
+        assert session.started.wait(30)
+    blocked.wait_for('anytime_requests_total{outcome="disconnected"}', 1)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 def test_as_many_files_as_connections_must_be_allowed() -> None:
