@@ -5,10 +5,8 @@ Must not know how an answer is scheduled or computed: it asks a model and waits.
 
 import contextlib
 import logging
-import re
-import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
@@ -42,15 +40,17 @@ from service.errors import (
     Unauthorized,
     UnsupportedType,
 )
-from service.exchange import CLIENT_GONE, Exchange, Headers, Room, arrived_s, problem_document
+from service.exchange import Exchange, Headers, Room, arrived_s, problem_document
 from service.metrics import CONTENT_TYPE
-from service.models import Answer, Asked, Model, count_answer, number, settled
-from service.oip_http import EXCHANGE, RAW, OpenInference, error_document, is_infer
+from service.models import Asked, Model, number, settled
+from service.oip_http import EXCHANGE, RAW, OpenInference, error_document, infer_route
+from service.record import Answer, Journal, Record, current, trace_context
 from service.repository import Repository
-from service.settings import Settings
+from service.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
     from service.oip_grpc import GrpcServer
+    from service.tracing import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,6 @@ PREDICT_PROBLEMS = (
     *(Rejected, HeadTooLarge, Failed, Stopped, Expired),
 )
 PARAMETERS = ("budget_ms", "top_k", "min_confidence", "stream")
-SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 class Service:
@@ -70,6 +69,9 @@ class Service:
         settings: All bounds.
         repository: Has the models.
         clock: Monotonic time [s].
+
+    Raises:
+        SettingsError: a file of keys cannot be used, or spans cannot be sent.
     """
 
     def __init__(
@@ -81,8 +83,8 @@ class Service:
         self._access = Access(settings, clock)
         self._room = Room(settings.max_bodies_bytes)
         self._n_open = 0
-        self._n_requests = 0
-        self._id_prefix = secrets.token_hex(8).encode()
+        self._tracer = _tracer(settings, clock)
+        self._journal = Journal(repository.metrics, [self._tracer.take] if self._tracer else [])
         self._oip = OpenInference(settings, repository, self._room, clock)
         self._app = self._routes()
         self._answer_all: ASGIApp = self._answer_one
@@ -101,12 +103,16 @@ class Service:
 
     async def _answer_one(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Those for an answer go their own short way, everything else through FastAPI."""
-        request_id = self._request_id(scope)
-        exchange = Exchange(scope, receive, send, request_id, arrived_s(scope, self._clock()))
+        headers = dict(scope["headers"])
+        record = self._record(scope, headers)
+        current.set(record)  # for this task, which the server makes for each request
+        exchange = Exchange(scope, receive, send, headers, record)
         if scope["path"] == "/predict":
+            record.route = "/predict"
             await self.counted(exchange, self._predict)
             return
-        if is_infer(scope["path"]):
+        if route := infer_route(scope["path"]):
+            record.route = route
             await self.counted(exchange, self._oip.infer, error_document)
             return
         try:
@@ -118,7 +124,7 @@ class Service:
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), request_id]
+                message["headers"] = [*message.get("headers", ()), exchange.request_id]
             await send(message)
 
         await self._app(scope, receive, send_named)
@@ -133,13 +139,15 @@ class Service:
         address = scope["client"][0] if scope.get("client") else ""
         self._access.check(scope["path"], scope["query_string"], exchange.headers, address)
 
-    def _request_id(self, scope: Scope) -> tuple[bytes, bytes]:
-        """The header that names this request: the caller's own name for it, if that is a sane one."""
-        for name, value in scope["headers"]:
-            if name == b"x-request-id" and SANE_REQUEST_ID.fullmatch(value):
-                return name, value
-        self._n_requests += 1
-        return b"x-request-id", b"%b%016x" % (self._id_prefix, self._n_requests)
+    def _record(self, scope: Scope, headers: Mapping[bytes, bytes]) -> Record:
+        return Record(
+            self._journal.name(headers.get(b"x-request-id")),
+            arrived_s(scope, self._clock()),
+            scope["method"],
+            scope["path"],
+            scope.get("scheme", "http"),
+            trace_context(scope["headers"]) if b"traceparent" in headers else None,
+        )
 
     def grpc_server(self) -> "GrpcServer | None":
         """What answers over gRPC beside this application; None if the setting `grpc_port` is empty."""
@@ -147,7 +155,9 @@ class Service:
             return None
         from service.oip_grpc import GrpcServer  # noqa: PLC0415 - see there what importing it costs
 
-        return GrpcServer(self._settings, self._repository, self._access, self._room, self._clock)
+        return GrpcServer(
+            self._settings, self._repository, self._access, self._room, self._journal, self._clock
+        )
 
     async def drain(self) -> None:
         """Take no more requests and settle those that are here, bounded by the setting `drain_timeout_s`."""
@@ -166,43 +176,35 @@ class Service:
             answer: Answers it, or raises a `Problem`.
             document: What a problem looks like to this caller.
         """
+        record = exchange.record
         self._n_open += 1
         try:
             self._let_in(exchange)
+            record.is_let_in = True
             self._check_room()
             await answer(exchange)
-            exchange.ended_s = min(exchange.ended_s, self._clock())
         except CallerGone:
-            exchange.status = CLIENT_GONE
+            pass  # which is what a record says as long as it says nothing else
         except Problem as problem:
-            # Not the problem itself: it holds these frames, which would hold it.
-            exchange.outcome, exchange.reason = problem.outcome, problem.reason
+            record.refuse(problem)
             await exchange.respond(*document(problem))
         except Exception:  # a fault of ours must not cost the caller the answer that there is none
             logger.exception("A request failed.")
-            if exchange.status != CLIENT_GONE:  # half an answer: only a broken connection says so
-                exchange.answer = None
+            failed = Failed(OUR_FAULT)
+            record.refuse(failed)
+            if record.status:  # half an answer: only a broken connection says so
                 raise
-            await exchange.respond(*document(Failed(OUR_FAULT)))
+            await exchange.respond(*document(failed))
         finally:
             self._n_open -= 1
             self._room.give_back(exchange.n_taken_bytes)
-            self._count(exchange)
+            self._journal.close(record, self._clock())
 
     def _check_room(self) -> None:
         """Before anything is read: each open request may hold a whole body."""
         if self._n_open > self._settings.max_open_requests:
             why = f"{self._n_open - 1} requests are open: retry later."
             raise self._repository.model().engine.refusal(why, "load")
-
-    def _count(self, exchange: Exchange) -> None:
-        metrics = self._repository.metrics
-        if exchange.status == 200 and exchange.answer:
-            count_answer(metrics, exchange.answer, exchange.ended_s)
-        elif exchange.status == CLIENT_GONE:
-            metrics.count_request("disconnected")
-        else:
-            metrics.count_request(exchange.outcome, exchange.reason)
 
     async def _predict(self, exchange: Exchange) -> None:
         """Answer a request to /predict.
@@ -218,28 +220,31 @@ class Service:
             raise MethodNotAllowed(f"/predict takes POST, not {method}.", "POST")
         model = self._repository.model()
         asked, stream = self._parameters(exchange, model)
-        deadline_s = exchange.arrived_s + asked.budget_s
+        record = exchange.record
+        record.budget_s = asked.budget_s
+        deadline_s = record.arrived_s + asked.budget_s
         body = await exchange.body(self._settings, self._clock, deadline_s, model.engine.refusal, self._room)
         model = self._repository.model()  # another one may have taken its place while the body came
-        with model.inside():
-            model.engine.check_admission(exchange.arrived_s, deadline_s)
+        with model.inside(record):
+            model.engine.check_admission(record.arrived_s, deadline_s)
             content_type = exchange.headers.get(b"content-type", b"").decode("latin-1")
-            image_HWC, decode_s = await model.decode(content_type, body, deadline_s)
+            image_HWC, decode_s = await model.decode(content_type, body, deadline_s, record)
             if stream:
                 served = await streaming.answer(
                     exchange, model, image_HWC, decode_s, asked, stream, self._clock
                 )
             else:
-                request = model.enter(image_HWC, asked, exchange.arrived_s)
+                request = model.enter(image_HWC, asked, record)
                 leave = partial(model.engine.leave, request)
                 try:
                     with exchange.called_when_gone(leave):
                         served = await settled(request)
                 finally:
                     leave()
-                exchange.answer = Answer(served, decode_s)
-                document, _ = model.document(exchange.answer, asked)
+                answer = Answer(served, decode_s)
+                document, _ = model.document(answer, asked)
                 await exchange.respond(200, ANSWER_HEADERS, document)
+                record.answer = answer
             model.engine.observe_way_out(self._clock() - served.settled_s)
 
     def _parameters(self, exchange: Exchange, model: Model) -> tuple[Asked, streaming.Format | None]:
@@ -273,7 +278,8 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        async with self._repository.serving():
+        sending = self._tracer.sending() if self._tracer else contextlib.nullcontext()
+        async with sending, self._repository.serving():  # requests are settled before the last spans are sent
             yield
 
     def _routes(self) -> FastAPI:
@@ -283,6 +289,8 @@ class Service:
             description="The best answer about an image that can be had within the caller's time budget.",
             lifespan=self._lifespan,
             redoc_url=None,
+            # FastAPI's own would send queries and exceptions, if only the environment said so.
+            telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
             exception_handlers={
                 Problem: _on_problem,
                 HTTPException: _on_http_exception,
@@ -328,6 +336,24 @@ class Service:
         """Give all metrics."""
         text = await self._repository.metrics.exposition()
         return Response(text, headers={"content-type": CONTENT_TYPE})
+
+
+def _tracer(settings: Settings, clock: Callable[[], float]) -> "Tracer | None":
+    """What sends spans; None if the setting `traces_endpoint` is empty.
+
+    Raises:
+        SettingsError: it cannot.
+    """
+    if not settings.traces_endpoint:
+        return None
+    try:
+        from service.tracing import Tracer  # noqa: PLC0415 - 10 MB and 0.2 s, and an extra that few install
+    except ImportError as error:
+        raise SettingsError(
+            "ANYTIME_TRACES_ENDPOINT: spans are sent by OpenTelemetry's SDK, which is not installed "
+            f"({error.name}): install the extra `tracing`, or leave the setting out."
+        ) from error
+    return Tracer(settings, clock)
 
 
 def _document_for(path: str) -> Callable[[Problem], tuple[int, Headers, bytes]]:

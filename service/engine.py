@@ -37,17 +37,40 @@ _Work = tuple[asyncio.AbstractEventLoop, Callable[[], Any], "asyncio.Future[Any]
 
 
 @dataclass(frozen=True, slots=True)
+class Run:
+    """One run of a column, which several requests may share.
+
+    Args:
+        id: Counts the engine's runs.
+        column: What was run.
+        n_images: On how many images.
+        predicted_s: The median that was predicted for it.
+        started_s: When it was handed over.
+        ended_s: When its result was there; for a request that was settled before, that moment.
+    """
+
+    id: int
+    column: str
+    n_images: int
+    predicted_s: float
+    started_s: float
+    ended_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Served:
-    """One record of a request's life, built once when it is settled.
+    """What the engine did for one image, built once when it is settled.
 
     `outcome` is `answered` here even if the answer then turns out late: only the edge sees the last byte
     leave. `probabilities_K`, `columns_run`, their held-out `accuracy` and `stopped_by` are given exactly for
-    an answer; one that may yet be refined has no `stopped_by`.
+    an answer; one that may yet be refined has no `stopped_by`. `runs` are all it was in, good or bad, one
+    after the other: whenever it was in none since `entered_s`, it waited.
     """
 
     outcome: Outcome
     arrived_s: float
     deadline_s: float
+    entered_s: float
     settled_s: float
     queue_s: float
     inference_s: float
@@ -55,6 +78,7 @@ class Served:
     probabilities_K: NDArray[np.float32] | None = None
     accuracy: float = 0.0
     stopped_by: StoppedBy | None = None
+    runs: tuple[Run, ...] = ()
 
 
 class Cancellable(Protocol):
@@ -166,6 +190,7 @@ class Request(Ticket):
     image_HWC: NDArray[np.uint8]
     arrived_s: float
     deadline_s: float
+    entered_s: float
     waiting_since_s: float
     settled: asyncio.Future[Served]
     on_rung: Callable[[Served], None] | None = None
@@ -174,14 +199,22 @@ class Request(Ticket):
     probabilities_K: NDArray[np.float32] | None = None
     queue_s: float = 0.0
     inference_s: float = 0.0
+    runs: list[Run] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class _Running:
+    """A run in progress."""
+
+    id: int
     column: str
     batch: tuple[Request, ...]
+    predicted_s: float
     started_s: float
     busy_until_s: float
+
+    def until(self, ended_s: float) -> Run:
+        return Run(self.id, self.column, len(self.batch), self.predicted_s, self.started_s, ended_s)
 
 
 class Engine:
@@ -240,7 +273,8 @@ class Engine:
         self._jitter = jitter
         self._queue: Queue[Request] = Queue(ladder)
         self._traffic = TrafficMonitor()
-        self._running: _Run | None = None
+        self._running: _Running | None = None
+        self._n_runs = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_stopping = False
@@ -403,6 +437,7 @@ class Engine:
             image_HWC=image_HWC,
             arrived_s=arrived_s,
             deadline_s=deadline_s,
+            entered_s=now_s,
             waiting_since_s=now_s,
             settled=asyncio.get_running_loop().create_future(),
             on_rung=on_rung,
@@ -477,7 +512,10 @@ class Engine:
             self._queue.remove(request)
             request.queue_s += now_s - request.waiting_since_s
         predicted = self._profile.latency(column, len(batch))
-        self._running = _Run(column, batch, now_s, now_s + predicted.likely_s)
+        self._n_runs += 1
+        self._running = _Running(
+            self._n_runs, column, batch, predicted.median_s, now_s, now_s + predicted.likely_s
+        )
         self._idle.clear()
         images_HWC = [request.image_HWC for request in batch]
         # With others waiting, the thread runs them while the event loop reads and answers.
@@ -485,7 +523,7 @@ class Engine:
         done = self._processor.start(column, images_HWC, is_brief=is_brief)
         done.add_done_callback(partial(self._finish, self._running))
 
-    def _finish(self, run: _Run, done: asyncio.Future[NDArray[np.float32]]) -> None:
+    def _finish(self, run: _Running, done: asyncio.Future[NDArray[np.float32]]) -> None:
         """Take in the end of a run, good or bad, and go on."""
         now_s = self._clock()
         elapsed_s = now_s - run.started_s
@@ -496,7 +534,9 @@ class Engine:
         together = self._profile.latency(run.column, len(run.batch)).median_s
         for request in self._queue:
             request.lost_s += _overlap_s(request, run, now_s)
+        ended = run.until(now_s)
         for request in run.batch:
+            request.runs.append(ended)
             request.inference_s += elapsed_s
             request.lost_s += elapsed_s * max(0.0, 1 - alone / together)
             request.waiting_since_s = now_s
@@ -508,7 +548,9 @@ class Engine:
             ratio = self._profile.observe(run.column, len(run.batch), elapsed_s)
             self._observe_run(run.column, len(run.batch), elapsed_s, ratio)
         except (Exception, asyncio.CancelledError):  # whatever a run raises fails this run alone
-            logger.exception("A run of column %s for %d images failed.", run.column, len(run.batch))
+            logger.exception(
+                "Run %d, of column %s for %d images, failed.", run.id, run.column, len(run.batch)
+            )
             self._observe_failed_run(run.column)
             for request in run.batch:
                 self._settle_with_what_there_is(request, "failed", "load")
@@ -558,6 +600,7 @@ class Engine:
             request.queue_s += now_s - request.waiting_since_s
         elif self._running and request in self._running.batch:
             request.inference_s += now_s - self._running.started_s
+            request.runs.append(self._running.until(now_s))
         if request.settled.done():
             return
         request.settled.set_result(self._served(request, outcome, now_s, stopped_by))
@@ -570,6 +613,7 @@ class Engine:
             outcome=outcome,
             arrived_s=request.arrived_s,
             deadline_s=request.deadline_s,
+            entered_s=request.entered_s,
             settled_s=now_s,
             queue_s=request.queue_s,
             inference_s=request.inference_s,
@@ -577,9 +621,10 @@ class Engine:
             probabilities_K=request.probabilities_K if is_answered else None,
             accuracy=self._ladder.accuracy(request.columns_run) if is_answered else 0.0,
             stopped_by=stopped_by,
+            runs=tuple(request.runs),
         )
 
 
-def _overlap_s(request: Request, run: _Run, now_s: float) -> float:
+def _overlap_s(request: Request, run: _Running, now_s: float) -> float:
     """How long a waiting request has stood still because of this run."""
     return now_s - max(run.started_s, request.waiting_since_s)

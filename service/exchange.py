@@ -5,17 +5,16 @@ Must not know what is asked or answered.
 
 import asyncio
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import orjson
 from starlette.types import Message, Receive, Scope, Send
 
 from service import compression
-from service.errors import BodyTimeout, CallerGone, Outcome, Problem, Reason, Rejected, TooLarge
-from service.models import Answer
+from service.errors import BodyTimeout, CallerGone, Problem, Reason, Rejected, TooLarge
 from service.protocol import CONNECTION, RECEIVED_S, StampedProtocol
+from service.record import Record
 from service.settings import Settings
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -23,8 +22,6 @@ Refuse = Callable[[str, Reason], Rejected]
 """Makes a refusal from a sentence for the caller and from what took the time."""
 
 PROBLEM_HEADER = (b"content-type", b"application/problem+json")
-CLIENT_GONE = 499
-"""Never sent: marks the end of an exchange whose caller has gone (nginx's word for it)."""
 
 
 class Room:
@@ -51,35 +48,28 @@ class Room:
 
 @dataclass(slots=True)
 class Exchange:
-    """One request and what is learnt of it on its way.
+    """One request, and the way to whoever sent it.
 
     Args:
         scope: ASGI's.
         receive: ASGI's.
         send: ASGI's.
-        request_id: The header that names this request in its response.
-        arrived_s: When it came [s, the server's monotonic clock].
+        headers: The request's, by lower-case name; of a name that comes twice the last.
+        record: What is learnt of it.
     """
 
     scope: Scope
     receive: Receive
     send: Send
-    request_id: tuple[bytes, bytes]
-    arrived_s: float
-    headers: Mapping[bytes, bytes] = field(init=False)
-    """The request's, by lower-case name; of a name that comes twice the last."""
+    headers: Mapping[bytes, bytes]
+    record: Record
     n_taken_bytes: int = 0
     """Of the room for bodies."""
-    answer: Answer | None = None
-    outcome: Outcome = "failed"
-    """If there is no answer."""
-    reason: Reason | None = None
-    """If it was rejected."""
-    status: int = CLIENT_GONE
-    ended_s: float = math.inf
 
-    def __post_init__(self) -> None:
-        self.headers = dict(self.scope["headers"])
+    @property
+    def request_id(self) -> tuple[bytes, bytes]:
+        """The header that names this request in its response."""
+        return b"x-request-id", self.record.request_id.encode()
 
     async def respond(self, status: int, headers: Headers, body: bytes) -> None:
         """Send a whole response."""
@@ -94,7 +84,7 @@ class Exchange:
             "headers": [*headers, self.request_id],
         }
         await self.send(message)
-        self.status = status
+        self.record.status = status
 
     async def send_part(self, part: bytes, *, is_last: bool = False) -> None:
         """Send a part of a body whose length was not told."""
@@ -137,6 +127,7 @@ class Exchange:
                     if message["type"] == "http.disconnect":
                         raise CallerGone
                     part = message.get("body", b"")
+                    self.record.n_body_bytes += len(part)
                     if len(body) + len(part) > limit:
                         raise _too_large(limit)
                     self._take(room, len(part), refuse)
@@ -157,6 +148,8 @@ class Exchange:
                     "body",
                 ) from error
             raise BodyTimeout(f"The body did not arrive within {timeout_s:g} s: send it faster.") from error
+        finally:
+            self.record.body_ended_s = clock()
 
     def _take(self, room: Room, n_bytes: int, refuse: Refuse) -> None:
         if not room.take(n_bytes):

@@ -5,6 +5,7 @@ Must not know of HTTP, gRPC or other models.
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import math
 import os
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from service.inference import Inference, Manifest
 from service.latency import LatencyProfile, LiveProfile, Reserve
 from service.metrics import Metrics, RunTime
 from service.policies import named
+from service.record import Answer, Record
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -65,21 +67,6 @@ def number(name: str, value: object, least: float, most: float) -> float:
     if not least <= given <= most:
         raise OutOfRange(f"{name} must be a number from {least:g} to {most:g}, not {str(value)[:40]!r}.")
     return given
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What became of one picture, and how long it took to decode it [s]."""
-
-    served: Served
-    decode_s: float
-
-
-def together(answers: Sequence[Answer]) -> Answer:
-    """One record of a request with several pictures: the last one's, with the mean accuracy of all."""
-    last = max((answer.served for answer in answers), key=lambda served: served.settled_s)
-    accuracy = sum(answer.served.accuracy for answer in answers) / len(answers)
-    return Answer(replace(last, accuracy=accuracy), sum(answer.decode_s for answer in answers))
 
 
 class Model:
@@ -130,8 +117,12 @@ class Model:
 
         # Not by way of `self`: the engine would hold the model that holds it. Such a circle is left to the
         # garbage collector, which does not look at what lived when it was told to freeze (see `Repository`).
+        nobodys = (
+            contextvars.Context()
+        )  # else all that comes of it would be logged as the caller's who began it
+
         def call_at(when_s: float, callback: Callable[[], None]) -> Cancellable:
-            return loop.call_later(max(0.0, when_s - clock()), callback)
+            return loop.call_later(max(0.0, when_s - clock()), callback, context=nobodys)
 
         spec = self.manifest.input
         self._decoder = Decoder(
@@ -147,7 +138,7 @@ class Model:
             self.manifest.ladder(),
             clock=self._clock,
             call_at=call_at,
-            call_soon=loop.call_soon,
+            call_soon=partial(loop.call_soon, context=nobodys),
             observe_run=metrics.observe_run,
             observe_failed_run=metrics.observe_failed_run,
             observe_saved=metrics.observe_saved,
@@ -200,14 +191,14 @@ class Model:
                 yield RunTime(self.name, self.version, column, size, profiled.median_s, latency.median_s)
 
     async def answer(
-        self, pictures: Sequence[bytes | NDArray[np.uint8]], asked: Asked, *, arrived_s: float, gone: Gone
+        self, pictures: Sequence[bytes | NDArray[np.uint8]], asked: Asked, *, record: Record, gone: Gone
     ) -> tuple[Answer, ...]:
         """Answer for several pictures that share one budget; all of them, or none.
 
         Args:
             pictures: PNG, JPEG or WebP files, or image_HWC of the network's size.
             asked: For each of them.
-            arrived_s: When the request came.
+            record: Of the request.
             gone: Says when the caller has gone.
 
         Raises:
@@ -216,33 +207,34 @@ class Model:
 
         Cancellation: leaves the queue.
         """
-        deadline_s = arrived_s + asked.budget_s
+        record.budget_s = asked.budget_s
+        deadline_s = record.arrived_s + asked.budget_s
         entered: list[tuple[Request, float]] = []
 
         def leave() -> None:
             for request, _ in entered:
                 self.engine.leave(request)
 
-        with self.inside(), gone(leave):
-            self.engine.check_admission(arrived_s, deadline_s)
+        with self.inside(record), gone(leave):
+            self.engine.check_admission(record.arrived_s, deadline_s)
             try:
                 # All before the first is run: together they may share a batch, and one may be no picture.
-                decoded = [await self._decoded(picture, deadline_s) for picture in pictures]
+                decoded = [await self._decoded(picture, deadline_s, record) for picture in pictures]
                 for image_HWC, decode_s in decoded:  # one by one: when one is refused, those before it leave
-                    entered.append((self.enter(image_HWC, asked, arrived_s), decode_s))
+                    entered.append((self.enter(image_HWC, asked, record), decode_s))
                 return tuple([Answer(await settled(request), decode_s) for request, decode_s in entered])
             finally:
                 leave()
 
     async def _decoded(
-        self, picture: bytes | NDArray[np.uint8], deadline_s: float
+        self, picture: bytes | NDArray[np.uint8], deadline_s: float, record: Record
     ) -> tuple[NDArray[np.uint8], float]:
         if isinstance(picture, bytes):
-            return await self.decode("image/png", picture, deadline_s)  # or whatever is really inside
+            return await self.decode("image/png", picture, deadline_s, record)  # or whatever is really inside
         return picture, 0.0
 
     async def decode(
-        self, content_type: str, body: bytes, deadline_s: float
+        self, content_type: str, body: bytes, deadline_s: float, record: Record
     ) -> tuple[NDArray[np.uint8], float]:
         """The image_HWC of a body, and how long that took [s].
 
@@ -251,33 +243,38 @@ class Model:
         """
         assert self._decoder is not None  # noqa: S101 - for the type checker: admission comes first
         started_s = self._clock()
-        image_HWC = self._decoder.decode_raw(content_type, body)
-        if image_HWC is None:
-            try:
+        try:
+            image_HWC = self._decoder.decode_raw(content_type, body)
+            if image_HWC is None:
                 async with asyncio.timeout(deadline_s - started_s):
                     image_HWC = await self._decoder.decode(content_type, body)
-            except TimeoutError as error:
-                raise self.engine.refusal(
-                    "The budget was used up while the picture was decoded: grant more or send a smaller one.",
-                    "decode",
-                ) from error
-        return image_HWC, self._clock() - started_s
+        except TimeoutError as error:
+            raise self.engine.refusal(
+                "The budget was used up while the picture was decoded: grant more or send a smaller one.",
+                "decode",
+            ) from error
+        finally:
+            ended_s = self._clock()
+            record.decodings.append((started_s, ended_s))
+        return image_HWC, ended_s - started_s
 
     def enter(
         self,
         image_HWC: NDArray[np.uint8],
         asked: Asked,
-        arrived_s: float,
+        record: Record,
         on_rung: Callable[[Served], None] | None = None,
     ) -> Request:
-        """Put an image into the queue; as `Engine.submit`."""
-        return self.engine.submit(
+        """Put an image of the record's request into the queue; as `Engine.submit`."""
+        request = self.engine.submit(
             image_HWC,
-            arrived_s=arrived_s,
-            deadline_s=arrived_s + asked.budget_s,
+            arrived_s=record.arrived_s,
+            deadline_s=record.arrived_s + asked.budget_s,
             min_confidence=asked.min_confidence,
             on_rung=on_rung,
         )
+        record.requests.append(request)
+        return request
 
     def document(self, answer: Answer, asked: Asked) -> tuple[bytes, dict[str, Any]]:
         """What a caller is told, as JSON, and how that is judged."""
@@ -330,8 +327,9 @@ class Model:
         }
 
     @contextlib.contextmanager
-    def inside(self) -> Iterator[None]:
-        """Keep the model from being closed meanwhile."""
+    def inside(self, record: Record) -> Iterator[None]:
+        """Keep the model from being closed meanwhile; the record says that it was asked."""
+        record.model, record.version = self.name, self.version
         self._n_inside += 1
         self._is_empty.clear()
         try:
@@ -382,24 +380,6 @@ async def settled(request: Request) -> Served:
             raise Failed(
                 "The network could not be run on this picture: retry, and tell the operator if it persists."
             )
-
-
-def count_answer(metrics: Metrics, answer: Answer, ended_s: float) -> None:
-    """Count a request whose answer's last byte left then [s, the clock of its record]."""
-    served = answer.served
-    assert served.stopped_by is not None  # noqa: S101 - for the type checker: an answer has it
-    metrics.count_answer(
-        outcome="answered" if ended_s <= served.deadline_s else "late",
-        column=served.columns_run[-1],
-        stopped_by=served.stopped_by,
-        accuracy=served.accuracy,
-        latency_s=ended_s - served.arrived_s,
-        budget_s=served.deadline_s - served.arrived_s,
-        decode_s=answer.decode_s,
-        queue_s=served.queue_s,
-        inference_s=served.inference_s,
-        way_out_s=max(0.0, ended_s - served.settled_s),
-    )
 
 
 async def load(settings: Settings, folder: Path, *, rest: float = 0.0) -> Model:

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 import service
 from service.errors import Malformed, OutOfRange
 from service.inference import Manifest
-from service.models import Answer, Asked, Model, number
+from service.models import Asked, Model, number
+from service.record import Answer
 from service.settings import Settings
 
 Parameters = Mapping[str, Any]

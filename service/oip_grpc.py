@@ -21,7 +21,7 @@ import numpy as np
 from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
-from service import models, oip
+from service import oip
 from service import oip_pb2 as pb
 from service.access import Access, Door
 from service.errors import (
@@ -35,8 +35,8 @@ from service.errors import (
     Stopped,
 )
 from service.exchange import Room
-from service.metrics import Metrics
-from service.models import Answer, Model
+from service.models import Model
+from service.record import Answer, Journal, Record, current, together, trace_context
 from service.repository import Repository
 from service.settings import Settings, SettingsError
 
@@ -80,17 +80,17 @@ class _Call:
 
     Args:
         request: What comes.
-        answer: Makes what goes from what came, when it came, and the call.
+        answer: Makes what goes from what came, the record of the call, and the call.
         door: Which keys it needs; None if it is open to everybody.
         is_probe: It asks for health, and is never refused.
-        metrics: Told how a call ended that got no answer; None: it is no request for one.
+        is_counted: It asks for an answer.
     """
 
     request: type[Message]
-    answer: Callable[[Any, float, Context], Awaitable[Message]]
+    answer: Callable[[Any, Record, Context], Awaitable[Message]]
     door: Door | None = None
     is_probe: bool = False
-    metrics: Metrics | None = None
+    is_counted: bool = False
 
 
 class GrpcServer:
@@ -101,6 +101,7 @@ class GrpcServer:
         repository: Has the models.
         access: Lets callers in; the HTTP server's, so that a client has one rate.
         room: For the bodies of all open requests; the HTTP server's, too.
+        journal: Takes down how requests ended; the HTTP server's, too.
         clock: Monotonic time [s].
     """
 
@@ -110,10 +111,11 @@ class GrpcServer:
         repository: Repository,
         access: Access,
         room: Room,
+        journal: Journal,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
-        self._calls = _Calls(settings, repository, access, room, clock)
+        self._calls = _Calls(settings, repository, access, room, journal, clock)
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> int:
@@ -163,15 +165,17 @@ class _Calls(grpc.GenericRpcHandler):
         repository: Repository,
         access: Access,
         room: Room,
+        journal: Journal,
         clock: Callable[[], float],
     ) -> None:
         self._settings = settings
         self._repository = repository
         self._access = access
         self._room = room
+        self._journal = journal
         self._clock = clock
         self._n_open = 0
-        infer = _Call(pb.ModelInferRequest, self._infer, door="predict", metrics=repository.metrics)
+        infer = _Call(pb.ModelInferRequest, self._infer, door="predict", is_counted=True)
         self._by_method: Mapping[str, _Call] = {
             f"{SERVICE}ServerLive": _Call(pb.ServerLiveRequest, self._live, is_probe=True),
             f"{SERVICE}ServerReady": _Call(pb.ServerReadyRequest, self._ready, is_probe=True),
@@ -188,50 +192,72 @@ class _Calls(grpc.GenericRpcHandler):
         self, handler_call_details: grpc.HandlerCallDetails
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
         """Have a call served that has just come; None if there is no such method."""
-        call = self._by_method.get(handler_call_details.method)
+        arrived_s, method = self._clock(), handler_call_details.method
+        call = self._by_method.get(method)
         if call is None:
             return None
-        return grpc.stream_unary_rpc_method_handler(partial(self._serve, call, self._clock()))
+        headers = _headers(handler_call_details.invocation_metadata)
+        by_name = dict(headers)
+        record = Record(
+            self._journal.name(by_name.get(b"x-request-id")),
+            arrived_s,
+            trace=trace_context(headers) if b"traceparent" in by_name else None,
+            route=method.removeprefix("/"),
+        )
+        return grpc.stream_unary_rpc_method_handler(partial(self._serve, call, record, by_name))
 
-    async def _serve(self, call: _Call, arrived_s: float, _: object, context: Context) -> bytes:
+    async def _serve(
+        self, call: _Call, record: Record, headers: Mapping[bytes, bytes], _: object, context: Context
+    ) -> bytes:
         """Answer; a problem becomes the call's status.
 
         This frame must hold no message: gRPC keeps what `abort` raises, and with it this frame, until the
         garbage collector comes round.
         """
+        current.set(record)  # for this task, which gRPC makes for each call
+        if call.is_counted:
+            close: Any = partial(self._close, record)  # the stub wants a class
+            context.add_done_callback(close)
         try:
-            return await self._answer(call, arrived_s, context)
-        except asyncio.CancelledError:
-            if call.metrics:  # or its own deadline has come, a moment before ours
-                call.metrics.count_request("disconnected")
-            raise
+            return await self._answer(call, record, headers, context)
         except Problem as problem:
-            status = _counted(call, problem)
+            status = _refused(record, problem)
         except Exception:  # a fault of ours must not cost the caller the answer that there is none
             logger.exception("A call failed.")
-            status = _counted(call, Failed(OUR_FAULT))
+            status = _refused(record, Failed(OUR_FAULT))
         return await context.abort(*status)
 
-    async def _answer(self, call: _Call, arrived_s: float, context: Context) -> bytes:
+    async def _answer(
+        self, call: _Call, record: Record, headers: Mapping[bytes, bytes], context: Context
+    ) -> bytes:
         """Let a caller in, read what it wants and answer.
 
         Raises:
             Problem: there is no answer.
         """
-        with contextlib.nullcontext() if call.is_probe else self._let_in(call.door, context):
-            body = await self._body(context)
+        with contextlib.nullcontext() if call.is_probe else self._let_in(call.door, headers, context):
+            record.is_let_in = True
+            body = await self._body(record, context)
             with self._room_for(len(body)):
-                response = await call.answer(_parsed(call.request, body), arrived_s, context)
+                response = await call.answer(_parsed(call.request, body), record, context)
+                context.set_trailing_metadata((_request_id(record),))
+                record.status = grpc.StatusCode.OK.name
                 return response.SerializeToString()
 
+    def _close(self, record: Record, context: Context) -> None:
+        if not context.done():  # nobody waited for it, or its own deadline had come, a moment before ours
+            record.answer, record.outcome = None, "disconnected"
+            record.status = grpc.StatusCode.CANCELLED.name
+        self._journal.close(record, self._clock())
+
     @contextlib.contextmanager
-    def _let_in(self, door: Door | None, context: Context) -> Iterator[None]:
+    def _let_in(self, door: Door | None, headers: Mapping[bytes, bytes], context: Context) -> Iterator[None]:
         """Be one of the open requests, each of which may hold a whole message.
 
         Raises:
             Problem: the caller may not come in, or there is no place.
         """
-        self._access.admit(door, _headers(context), _address(context.peer()))
+        self._access.admit(door, headers, _address(context.peer()))
         if self._n_open >= self._settings.max_open_requests:
             raise self._refusal(f"{self._n_open} requests are open")
         self._n_open += 1
@@ -240,7 +266,7 @@ class _Calls(grpc.GenericRpcHandler):
         finally:
             self._n_open -= 1
 
-    async def _body(self, context: Context) -> bytes:
+    async def _body(self, record: Record, context: Context) -> bytes:
         timeout_s = self._settings.body_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
@@ -249,8 +275,11 @@ class _Calls(grpc.GenericRpcHandler):
             raise BodyTimeout(
                 f"The message did not arrive within {timeout_s:g} s: send it faster."
             ) from error
+        finally:
+            record.body_ended_s = self._clock()
         if not isinstance(body, bytes):  # the end of the stream; if it was too large, gRPC has said so
             raise Malformed("The call has no message: send one.")
+        record.n_body_bytes = len(body)
         return body
 
     @contextlib.contextmanager
@@ -268,24 +297,22 @@ class _Calls(grpc.GenericRpcHandler):
     # ---- answers ----
 
     async def _infer(
-        self, request: pb.ModelInferRequest, arrived_s: float, context: Context
+        self, request: pb.ModelInferRequest, record: Record, context: Context
     ) -> pb.ModelInferResponse:
         model = self._repository.model(request.model_name, request.model_version)
-        left_s = _left_s(context) + self._clock() - arrived_s
+        left_s = _left_s(context) + self._clock() - record.arrived_s
         wanted = _wanted(model, self._settings, request, left_s)
         # Whoever leaves cancels this task, and `answer` then leaves the queue.
         answers = await model.answer(
-            wanted.pictures, wanted.asked, arrived_s=arrived_s, gone=lambda _: contextlib.nullcontext()
+            wanted.pictures, wanted.asked, record=record, gone=lambda _: contextlib.nullcontext()
         )
-        answer = models.together(answers)
+        answer = record.answer = together(answers)
         response = _response(model, wanted, answers)
 
-        def count() -> None:
-            ended_s = self._clock()
-            models.count_answer(self._repository.metrics, answer, ended_s)
-            model.engine.observe_way_out(ended_s - answer.served.settled_s)
+        def learn(_: object) -> None:
+            model.engine.observe_way_out(self._clock() - answer.served.settled_s)
 
-        context.add_done_callback(lambda _: count())  # type: ignore[arg-type]  # the stub wants a class
+        context.add_done_callback(learn)  # type: ignore[arg-type]  # the stub wants a class
         return response
 
     async def _live(self, *_: object) -> pb.ServerLiveResponse:
@@ -327,16 +354,21 @@ class _Calls(grpc.GenericRpcHandler):
         return pb.RepositoryModelUnloadResponse()
 
 
-def _counted(call: _Call, problem: Problem) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
-    """Count a problem, and put it as `abort` takes it.
+def _refused(record: Record, problem: Problem) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
+    """Take a problem down, and put it as `abort` takes it.
 
     In values: a problem that was kept would hold the frames that it came through, and one of them it.
     """
-    if call.metrics:
-        call.metrics.count_request(problem.outcome, problem.reason)
+    record.refuse(problem)
+    status = CODES[problem.status]
+    record.status = status.name
     retry_ms = problem.headers.get("retry-after-ms")
-    metadata = (("retry-after-ms", retry_ms),) if retry_ms else ()
-    return CODES[problem.status], problem.detail, metadata
+    metadata = [_request_id(record), *([("retry-after-ms", retry_ms)] if retry_ms else [])]
+    return status, problem.detail, tuple(metadata)
+
+
+def _request_id(record: Record) -> tuple[str, str]:
+    return "x-request-id", record.request_id
 
 
 # ---- messages in this server's words, and back ----
@@ -410,9 +442,11 @@ def _left_s(context: Context) -> float:
     return math.inf if left_s is None else left_s
 
 
-def _headers(context: Context) -> dict[bytes, bytes]:
-    metadata = context.invocation_metadata() or ()
-    return {name.encode(): value if isinstance(value, bytes) else value.encode() for name, value in metadata}
+def _headers(metadata: Any) -> list[tuple[bytes, bytes]]:
+    return [
+        (name.encode(), value if isinstance(value, bytes) else value.encode())
+        for name, value in metadata or ()
+    ]
 
 
 def _address(peer: str) -> str:

@@ -33,7 +33,8 @@ from service.errors import (
     UnsupportedType,
 )
 from service.exchange import Exchange, Headers, Refuse, Room, problem_headers
-from service.models import Model, together
+from service.models import Model
+from service.record import together
 from service.repository import Repository
 from service.settings import Settings
 
@@ -61,9 +62,12 @@ CHANGE_PROBLEMS = (
 )
 
 
-def is_infer(path: str) -> bool:
-    """Whether this path asks for an answer, which is counted and must not be kept waiting."""
-    return INFER.fullmatch(path) is not None
+def infer_route(path: str) -> str:
+    """The template of a path that asks for an answer, which is counted and must not wait; else empty."""
+    found = INFER.fullmatch(path)
+    if not found:
+        return ""
+    return f"/v2/models/{{name}}{'/versions/{version}' if found[2] else ''}/infer"
 
 
 def error_document(problem: Problem) -> tuple[int, Headers, bytes]:
@@ -109,9 +113,9 @@ class OpenInference:
         read = partial(oip.read_json, model.manifest, self._settings, header, binary)
         request = await asyncio.to_thread(read) if len(body) > INLINE_BYTES else read()
         answers = await model.answer(
-            request.pictures, request.asked, arrived_s=exchange.arrived_s, gone=exchange.called_when_gone
+            request.pictures, request.asked, record=exchange.record, gone=exchange.called_when_gone
         )
-        exchange.answer = together(answers)
+        answer = together(answers)
         document, raw = oip.write_json(model, request, answers)
         headers: Headers = [(b"content-type", b"application/json")]
         if raw:
@@ -120,7 +124,8 @@ class OpenInference:
                 (HEADER_LENGTH, b"%d" % len(document)),
             ]
         await exchange.respond(200, headers, document + raw)
-        model.engine.observe_way_out(self._clock() - exchange.answer.served.settled_s)
+        exchange.record.answer = answer
+        model.engine.observe_way_out(self._clock() - answer.served.settled_s)
 
     def router(self) -> APIRouter:
         """All but infer, which is in it for the documentation only."""

@@ -22,6 +22,7 @@ SECRET = frozenset({"api_keys", "admin_keys", "tls_key_password"})
 """Settings whose values are never shown, not even refused ones: they may be keys given for their hashes."""
 
 KEY_HASH = re.compile(r"sha256:[0-9a-f]{64}")
+COLLECTOR = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
 ORIGIN = re.compile(r"\*|https?://[A-Za-z0-9.-]+(:[0-9]+)?|https?://\[[0-9A-Fa-f:.]+\](:[0-9]+)?")
 
 
@@ -88,6 +89,36 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Lower levels say more; no level logs single requests or their contents."
+    )
+    traces_endpoint: str = Field(
+        "",
+        description="OpenTelemetry collector that spans are sent to over gRPC (OTLP), e.g. "
+        "`http://127.0.0.1:4317`, or https; empty: none are made. Needs the extra `tracing`.",
+    )
+    trace_share: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="Share of the requests that is traced of those that belong to no trace; those that do "
+        "are traced if their callers' traceparent says so. Larger: more to see, about 1 ms of a core each.",
+    )
+    max_traces_per_second: float = Field(
+        10.0,
+        gt=0,
+        description="Requests that are traced in the long run, whoever wants it; those beyond it are not. "
+        "Larger: callers who trace all that they send may take more of a core.",
+    )
+    max_waiting_traces: int = Field(
+        256,
+        ge=1,
+        description="Traced requests whose spans wait to be sent; beyond it spans are lost. Larger: a longer "
+        "absence of the collector is bridged, some 5 kB of memory each.",
+    )
+    traces_timeout_s: float = Field(
+        5.0,
+        gt=0,
+        description="How long the collector may take for what is sent to it, repetitions included, and for "
+        "the rest when stopping. Larger: fewer spans lost, slower restarts without a collector.",
     )
 
     api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
@@ -368,6 +399,13 @@ class Settings(BaseSettings):
         for address in value:
             if address != "*":
                 ip_network(address)
+        return value
+
+    @field_validator("traces_endpoint")
+    @classmethod
+    def _collector(cls, value: str) -> str:
+        if value and not COLLECTOR.fullmatch(value):
+            raise ValueError("must be http:// or https:// with a host and a port, e.g. http://127.0.0.1:4317")
         return value
 
     @field_validator("cors_origins")

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from service.engine import Served
 from service.errors import OutOfRange
 from service.exchange import Exchange
-from service.models import Answer, Asked, Model, settled
+from service.models import Asked, Model, settled
+from service.record import Answer
 
 Format = Literal["sse", "ndjson"]
 CONTENT_TYPES: Mapping[Format, bytes] = {"sse": b"text/event-stream", "ndjson": b"application/x-ndjson"}
@@ -63,7 +64,8 @@ async def answer(
         CallerGone: nobody reads any more; no further column runs.
     """
     rungs: asyncio.Queue[Served | None] = asyncio.Queue()
-    request = model.enter(image_HWC, asked, exchange.arrived_s, rungs.put_nowait)
+    record = exchange.record
+    request = model.enter(image_HWC, asked, record, rungs.put_nowait)
     request.settled.add_done_callback(lambda _: rungs.put_nowait(None))
 
     def leave() -> None:
@@ -77,10 +79,10 @@ async def answer(
                     await exchange.start(200, _headers(kind))
                 document, verdict = model.document(Answer(rung, decode_s), asked)
                 await exchange.send_part(_event(kind, b"prediction", document))
-                exchange.ended_s = clock()  # what comes after the last answer is not waited for
+                record.ended_s = clock()  # what comes after the last answer is not waited for
             served = await settled(request)
-            exchange.answer = Answer(served, decode_s)
-            end = model.progress(exchange.answer, asked) | verdict
+            record.answer = Answer(served, decode_s)
+            end = model.progress(record.answer, asked) | verdict
             await exchange.send_part(_event(kind, b"done", orjson.dumps(end)), is_last=True)
             return served
     finally:

@@ -17,7 +17,8 @@ from PIL import Image
 from service.engine import InferenceThread, Served
 from service.errors import OUTCOMES, Problem
 from service.inference import Inference
-from service.models import Answer, Asked, Model
+from service.models import Asked, Model
+from service.record import Answer
 from service.settings import Settings
 from tests.service import toy_artifact
 from tests.service.conftest import (
@@ -299,6 +300,7 @@ def test_the_time_it_takes_to_write_a_long_answer_counts(
         outcome="answered",
         arrived_s=0.0,
         deadline_s=0.5,
+        entered_s=0.0,
         settled_s=0.0,
         queue_s=0.0,
         inference_s=0.0,

@@ -17,8 +17,9 @@ from service import oip
 from service.engine import InferenceThread, Served
 from service.errors import Malformed, OutOfRange, Problem
 from service.inference import Inference, Manifest, read_manifest
-from service.models import Answer, Asked, Model
+from service.models import Asked, Model
 from service.oip import OutputTensor, RequestedOutput
+from service.record import Answer
 from service.settings import Settings
 from tests.service import toy_artifact
 from tests.service.conftest import profile_of
@@ -351,6 +352,7 @@ def answer(columns_run: tuple[str, ...], *probabilities: float, queue_s: float =
         outcome="answered",
         arrived_s=10.0,
         deadline_s=10.005,
+        entered_s=10.001,
         settled_s=10.003,
         queue_s=queue_s,
         inference_s=0.002,

@@ -28,6 +28,7 @@ from service.errors import Problem
 from service.exchange import Room
 from service.inference import Inference
 from service.oip_grpc import CODES, GrpcServer, _address
+from service.record import Journal
 from service.settings import Settings, SettingsError
 from tests.service import toy_artifact
 from tests.service.conftest import (
@@ -575,7 +576,9 @@ def test_stopping_settles_everyone(
 
 def test_a_taken_port_is_one_sentence(server: Running) -> None:
     chosen = Settings(_env_file=None, profile_cache=None, grpc_port=server.grpc_port)
-    grpc_server = GrpcServer(chosen, server.repository, Access(chosen), Room(1))
+    grpc_server = GrpcServer(
+        chosen, server.repository, Access(chosen), Room(1), Journal(server.repository.metrics)
+    )
 
     with pytest.raises(SettingsError, match="ANYTIME_GRPC_PORT"):
         asyncio.run(grpc_server.start())
@@ -614,7 +617,9 @@ def test_an_encrypted_key_is_refused_with_a_sentence(server: Running, tmp_path: 
         tls_key=tmp_path / "key.pem",
         tls_key_password=SecretStr("secret"),
     )
-    grpc_server = GrpcServer(chosen, server.repository, Access(chosen), Room(1))
+    grpc_server = GrpcServer(
+        chosen, server.repository, Access(chosen), Room(1), Journal(server.repository.metrics)
+    )
 
     with pytest.raises(SettingsError, match="cannot open an encrypted key"):
         asyncio.run(grpc_server.start())

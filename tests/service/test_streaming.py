@@ -15,6 +15,7 @@ from service.engine import InferenceThread
 from service.exchange import Exchange
 from service.inference import Inference
 from service.models import Asked, Model
+from service.record import Record
 from service.repository import Repository
 from service.settings import Settings
 from service.streaming import answer
@@ -161,10 +162,10 @@ def test_a_reader_that_takes_nothing_holds_up_nobody(inference: Inference) -> No
 
         async with repository.serving():
             asked = Asked(5.0)
-            exchange = Exchange({"headers": []}, receive, send, (b"x-request-id", b"1"), loop.time())
+            exchange = Exchange({"headers": []}, receive, send, {}, Record("1", loop.time()))
             slow = asyncio.create_task(answer(exchange, model, PIXELS, 0.0, asked, "sse", loop.time))
             (other,) = await model.answer(
-                [PIXELS], asked, arrived_s=loop.time(), gone=exchange.called_when_gone
+                [PIXELS], asked, record=Record("2", loop.time()), gone=exchange.called_when_gone
             )
             stuck.set_result(None)
             return [*other.served.columns_run, *(await slow).columns_run]
