@@ -17,7 +17,7 @@ say = @printf '%s\n' "==> $(1)"
 .PHONY: help
 help: ## list the targets
 	@printf 'make TARGET [ARGS="..."], where TARGET is one of\n\n'
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "%-13s %s\n", $$1, $$2}'
 	@printf '\nThe first call sets everything up in %s; only measured latencies are kept elsewhere, in your cache folder.\n' '$(VENV)'
 
 # ---- set-up: one environment, grown as targets need it ----
@@ -78,12 +78,17 @@ evaluate: $(VENV)/all ## measure accuracy and cost of every rung; ARGS go to pyt
 SCENARIO := steady
 HOST := http://127.0.0.1:8000
 RECORD := runs/load/$(SCENARIO)-$(shell date +%Y%m%dT%H%M%S).npz
-load: $(VENV)/all ## offer SCENARIO=steady|ramp|burst-4|… to the running server at HOST and report; ARGS go to locust
+load: $(VENV)/all ## offer SCENARIO=steady (or ramp, burst-4, spike, …) to the server at HOST and report; ARGS go to locust
 	$(call say,Offering loadtests/scenarios/$(SCENARIO).toml to $(HOST). Ctrl-C stops it.)
 	@mkdir -p $(dir $(RECORD))
 	@$(VENV)/bin/locust -f loadtests/locustfile.py --headless --only-summary --exit-code-on-error 0 \
 	    --host $(HOST) --scenario $(SCENARIO) --record $(RECORD) $(ARGS)
 	@$(PY) -m loadtests.report $(RECORD)
+
+.PHONY: bench-quick
+bench-quick: $(VENV)/all ## two minutes: ratios to plain FastAPI, bare ASGI and the runtime alone, added to the history
+	$(call say,Measuring in turns. Nothing else should run on this machine.)
+	@$(PY) -m loadtests.bench --out loadtests/results/bench.jsonl $(ARGS)
 
 # ---- proof ----
 
