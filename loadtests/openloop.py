@@ -38,6 +38,9 @@ IDLE_S = 4.0
 """A connection idle for longer is not used again. Larger than the server's own limit (uvicorn's is 5 s) loses
 requests on connections that it is about to close; smaller opens more anew."""
 
+TAKEN_SHARE = 0.95
+"""Of the connections: where so many wait for responses, none is free, except for those being replaced."""
+
 HEAD = re.compile(
     rb"HTTP/1\.1 (\d{3}) .*?\r\ncontent-length:[ \t]*(\d+)[ \t]*\r\n", re.IGNORECASE | re.DOTALL
 )
@@ -80,6 +83,24 @@ class Prediction:
     stopped_by: str
     elapsed_ms: float
     timing_ms: Mapping[str, float]
+
+
+def own_lag_s(replies: Sequence[Reply], max_connections: int) -> NDArray[np.float64]:
+    """How late the generator itself sent each request [s]; 0 where the server kept it from sending.
+
+    It does that when it leaves (nearly) every connection without a response: a request that is due then waits
+    for the server, not for the generator. So does one that was never sent.
+
+    Args:
+        replies: All of one run, in the order in which they were due.
+        max_connections: That the run was allowed.
+    """
+    due_s = np.array([reply.due_s for reply in replies])
+    sent_s = np.sort([reply.sent_s for reply in replies if not math.isnan(reply.sent_s)])
+    done_s = np.sort([reply.done_s for reply in replies if not math.isnan(reply.done_s)])
+    n_taken = np.searchsorted(sent_s, due_s) - np.searchsorted(done_s, due_s)
+    lag_s = np.nan_to_num([reply.lag_s for reply in replies], nan=0.0)
+    return np.where(n_taken >= TAKEN_SHARE * max_connections, 0.0, lag_s)
 
 
 def read_reply(reply: Reply) -> Prediction:

@@ -42,6 +42,8 @@ START_LIMIT_S = 120.0
 SETTLE_S = 0.5
 """Pause between two runs, so that what the one left behind is not counted against the next [s]."""
 RAW_PIXELS = "application/octet-stream"
+N_CONNECTIONS = 512
+"""At most at a time. Larger lets more requests wait inside a slow server, smaller more before it."""
 N_SATURATING = 4000
 N_SATURATING_CONNECTIONS = 16
 
@@ -124,7 +126,7 @@ def offer(
             bodies,
             content_type=content_type,
             head=head,
-            max_connections=512,
+            max_connections=N_CONNECTIONS,
             timeout_s=timeout_s,
         )
     )
@@ -162,7 +164,7 @@ def record(
             ]
         ),
         claims_met=np.array([answer is not None and answer.deadline_met for answer in answers]),
-        lag_s=np.nan_to_num(np.array([reply.lag_s for reply in replies]), nan=0.0),
+        lag_s=openloop.own_lag_s(replies, N_CONNECTIONS),
     )
 
 
