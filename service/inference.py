@@ -1,10 +1,10 @@
-"""From an artifact folder to verified, warmed-up onnxruntime sessions, and from images to probabilities.
+"""From an artifact folder to verified, warmed-up sessions, and from images to probabilities.
 
 Must not know of requests, deadlines or HTTP. Nothing of an artifact is executed but its ONNX graphs.
 """
 
 import hashlib
-import logging
+import itertools
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -15,9 +15,9 @@ import onnxruntime
 from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from service import providers
 from service.ladder import ConfidenceTable, Ladder
-
-logger = logging.getLogger(__name__)
+from service.providers import GPU_DEFAULTS, BoundSession, GpuOptions, GraphError, Provider, ProviderError
 
 INPUT_NAME, OUTPUT_NAME = "images_NHWC", "logits_NK"
 N_WARM_UP_RUNS = 3
@@ -26,6 +26,10 @@ N_WARM_UP_RUNS = 3
 
 class ArtifactError(Exception):
     """The artifact, or the provider asked for, cannot be used; one sentence says what to do."""
+
+
+class ProviderUnavailable(ArtifactError):
+    """The artifact cannot be run where it was to be run."""
 
 
 class InferenceError(Exception):
@@ -159,7 +163,8 @@ class Inference:
         sessions: One session per column of the manifest.
         provider: What the sessions run on.
         sha256: Of manifest.json: names this very artifact, because it holds the hashes of all other files.
-        padded_sizes: Batch sizes to pad up to, so that CUDA sees only warmed-up shapes; empty: no padding.
+        padded_sizes: Batch sizes to pad up to, so that a GPU sees only warmed-up shapes; empty: no padding.
+        gpu: What was chosen for a GPU, if they run on one.
     """
 
     def __init__(
@@ -167,13 +172,15 @@ class Inference:
         manifest: Manifest,
         sessions: Mapping[str, Session],
         *,
-        provider: Literal["cpu", "cuda"],
+        provider: Provider,
         sha256: str,
         padded_sizes: Sequence[int] = (),
+        gpu: GpuOptions | None = None,
     ) -> None:
         self.manifest = manifest
         self.provider = provider
         self.sha256 = sha256
+        self.gpu = gpu
         self.depth = {rung.column: rung.depth for rung in manifest.rungs}
         self._sessions = sessions
         self._padded_sizes = tuple(padded_sizes)
@@ -190,13 +197,13 @@ class Inference:
 
         Raises:
             InferenceError: the logits have another shape than asked for, or are not finite.
+            DeviceLost: nothing will run any more.
         """
         n = len(images_NHWC)
         padded = next((size for size in self._padded_sizes if size >= n), n)
         if padded > n:
-            images_NHWC = np.concatenate(
-                [images_NHWC, np.zeros((padded - n, *images_NHWC.shape[1:]), np.uint8)]
-            )
+            padding = np.zeros((padded - n, *images_NHWC.shape[1:]), np.uint8)
+            images_NHWC = np.concatenate([images_NHWC, padding])
         logits_NK: NDArray[np.float32] = self._sessions[column].run([OUTPUT_NAME], {INPUT_NAME: images_NHWC})[
             0
         ]
@@ -227,68 +234,84 @@ class Inference:
         probabilities_K: NDArray[np.float32] = odds_K / odds_K.sum()
         return probabilities_K
 
+    def run_blank(self, column: str, n_images: int = 1) -> NDArray[np.float32]:
+        """Run one column on black pictures, for nobody; otherwise as `run`."""
+        spec = self.manifest.input
+        return self.run(column, np.zeros((n_images, spec.height, spec.width, spec.channels), np.uint8))
+
     def warm_up(self, batch_sizes: Sequence[int]) -> None:
         """Run every column at every batch size, so that no request pays for a first time.
 
-        To be called in the thread that will serve: CUDA keeps its handles per thread.
+        To be called in the thread that will serve: CUDA keeps its handles and graphs per thread.
 
         Raises:
             ArtifactError: a graph cannot be run or gives no usable logits.
         """
-        spec = self.manifest.input
-        for column in self._sessions:
-            for size in batch_sizes:
-                images_NHWC = np.zeros((size, spec.height, spec.width, spec.channels), np.uint8)
-                try:
-                    for _ in range(N_WARM_UP_RUNS):
-                        self.run(column, images_NHWC)
-                except Exception as error:  # onnxruntime's own exceptions have no public base class
-                    raise ArtifactError(
-                        f"Column {column} cannot be run on {size} images ({error}): export the artifact "
-                        f"again."
-                    ) from error
+        for column, size in itertools.product(self._sessions, batch_sizes):
+            try:
+                for _ in range(N_WARM_UP_RUNS):
+                    self.run_blank(column, size)
+            except Exception as error:  # onnxruntime's own exceptions have no public base class
+                what = f"Column {column} cannot be run on {size} images ({error})"
+                if self.provider != "cpu":
+                    raise _unavailable(self.provider, what) from error
+                raise ArtifactError(f"{what}: export the artifact again.") from error
 
 
 def load(
     folder: Path,
     *,
-    provider: Literal["auto", "cpu", "cuda"],
+    provider: Provider,
     intra_op_threads: int,
     batch_sizes: Sequence[int],
+    gpu: GpuOptions = GPU_DEFAULTS,
 ) -> Inference:
     """Verify an artifact and open its sessions; `warm_up` then makes them ready.
 
     Args:
         folder: The artifact: manifest.json and the ONNX files it names.
-        provider: `cuda` never falls back to the CPU; `auto` does, and says so.
+        provider: Where to run, and nowhere else.
         intra_op_threads: Threads within one run on the CPU.
-        batch_sizes: On CUDA every batch is padded to one of them.
+        batch_sizes: On a GPU every batch is padded to one of them.
+        gpu: For a GPU.
 
     Raises:
-        ArtifactError: a file is missing, altered or not what the manifest says, or CUDA was asked for and
-            does not work.
+        ProviderUnavailable: the provider does not work.
+        ArtifactError: a file is missing, altered or not what the manifest says.
 
     Cost: reads and hashes every file and optimises every graph; tenths of a second.
     """
     manifest, sha256, graphs = verify(folder)
-    chosen = _choose_provider(provider)
-    try:
-        sessions = _open_sessions(manifest, graphs, chosen, intra_op_threads)
-    except _CudaUnavailable as error:
-        if provider == "cuda":
+    sessions: dict[str, Session] = {}
+    graph_ids = itertools.count(1)
+    for rung in manifest.rungs:
+        ids = dict.fromkeys(batch_sizes, providers.NOT_CAPTURED)
+        if provider == "cuda" and gpu.cuda_graphs:
+            ids = {size: next(graph_ids) for size in batch_sizes}
+        try:
+            session = providers.open_graph(
+                graphs[rung.column], provider, threads=intra_op_threads, gpu=gpu, batch_sizes=batch_sizes
+            )
+            _check_graph(session, rung, manifest)
+            sessions[rung.column] = session if provider == "cpu" else BoundSession(session, ids)
+        except GraphError as error:
             raise ArtifactError(
-                f"CUDA was asked for but onnxruntime {onnxruntime.__version__} cannot use it ({error}): "
-                "check the driver and the CUDA and cuDNN libraries it needs, or set ANYTIME_PROVIDER=cpu."
+                f"{rung.file} is no graph that onnxruntime can load ({error}): export it again."
             ) from error
-        logger.warning("A GPU is present but onnxruntime cannot use it (%s): running on the CPU.", error)
-        chosen = "cpu"
-        sessions = _open_sessions(manifest, graphs, chosen, intra_op_threads)
-    return Inference(
-        manifest,
-        sessions,
-        provider=chosen,
-        sha256=sha256,
-        padded_sizes=batch_sizes if chosen == "cuda" else (),
+        except ProviderError as error:
+            raise _unavailable(provider, str(error)) from error
+    if provider == "cpu":
+        return Inference(manifest, sessions, provider=provider, sha256=sha256)
+    return Inference(manifest, sessions, provider=provider, sha256=sha256, padded_sizes=batch_sizes, gpu=gpu)
+
+
+def _unavailable(provider: Provider, why: str) -> ProviderUnavailable:
+    libraries = "the driver, and the CUDA and cuDNN libraries (the extra `cuda` has them)"
+    if provider == "tensorrt":
+        libraries += ", and TensorRT's"
+    return ProviderUnavailable(
+        f"onnxruntime {onnxruntime.__version__} cannot use {providers.NAMES[provider]} ({why}): "
+        f"check {libraries}, or set ANYTIME_PROVIDER=cpu."
     )
 
 
@@ -341,53 +364,6 @@ def _verified_bytes(folder: Path, rung: Rung) -> bytes:
             f"{path} is not the file its manifest describes (SHA-256 differs): copy or export it again."
         )
     return graph
-
-
-class _CudaUnavailable(Exception):
-    """A session that was to run on CUDA does not."""
-
-
-def _choose_provider(asked: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
-    """What to try. onnxruntime lists CUDA wherever it was compiled in, so `auto` also looks for a device."""
-    if asked != "auto":
-        return asked
-    has_device = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
-    return (
-        "cuda" if has_device and "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "cpu"
-    )
-
-
-def _open_sessions(
-    manifest: Manifest, graphs: Mapping[str, bytes], provider: Literal["cpu", "cuda"], intra_op_threads: int
-) -> dict[str, Session]:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = intra_op_threads if provider == "cpu" else 1
-    options.inter_op_num_threads = 1
-    # Spinning threads steal the cores that decode and answer requests.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-    options.log_severity_level = 3
-    providers: list[object] = ["CPUExecutionProvider"]
-    if provider == "cuda":
-        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            raise _CudaUnavailable("this onnxruntime was built without CUDA")
-        if hasattr(onnxruntime, "preload_dlls"):
-            onnxruntime.preload_dlls()  # finds the CUDA libraries of pip's nvidia-* packages
-        # HEURISTIC: the default, EXHAUSTIVE, takes 0.3-1.3 s per new shape (PaddleX PR #5057).
-        providers.insert(0, ("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"}))
-    sessions: dict[str, Session] = {}
-    for rung in manifest.rungs:
-        try:
-            session = onnxruntime.InferenceSession(graphs[rung.column], options, providers=providers)
-        except Exception as error:  # onnxruntime's own exceptions have no public base class
-            raise ArtifactError(
-                f"{rung.file} is no graph that onnxruntime can load ({error}): export it again."
-            ) from error
-        if provider == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
-            raise _CudaUnavailable(f"the session runs on {session.get_providers()[0]}")
-        _check_graph(session, rung, manifest)
-        sessions[rung.column] = session
-    return sessions
 
 
 def _check_graph(session: Any, rung: Rung, manifest: Manifest) -> None:

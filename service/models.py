@@ -25,14 +25,15 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from service import inference, profiling
+from service import inference, profiling, providers
 from service.decoding import Decoder
 from service.engine import Cancellable, Engine, InferenceThread, Request, Served
 from service.errors import CallerGone, Expired, Failed, OutOfRange, Stopped
-from service.inference import Inference, Manifest
+from service.inference import Inference, Manifest, ProviderUnavailable
 from service.latency import LatencyProfile, LiveProfile, Reserve
 from service.metrics import Metrics, RunTime
 from service.policies import named
+from service.providers import GpuOptions, Provider
 from service.record import Answer, Record
 from service.settings import Settings
 
@@ -386,7 +387,7 @@ async def load(settings: Settings, folder: Path, *, rest: float = 0.0) -> Model:
     """Load, verify, warm up and measure an artifact.
 
     Args:
-        settings: How.
+        settings: How. The provider `auto` takes the CPU, loudly, where a GPU is there but does not work.
         folder: The artifact.
         rest: How long to pause after each run that is measured, in durations of the run: while a server is
             in use, above 0.
@@ -394,6 +395,16 @@ async def load(settings: Settings, folder: Path, *, rest: float = 0.0) -> Model:
     Raises:
         ArtifactError: the artifact or the provider cannot be used.
     """
+    *preferred, last = providers.candidates(settings.provider)
+    for provider in preferred:
+        try:
+            return await _load_on(provider, settings, folder, rest)
+        except ProviderUnavailable as error:
+            logger.warning("A GPU is here, but everything will run on the CPU. %s", error)
+    return await _load_on(last, settings, folder, rest)
+
+
+async def _load_on(provider: Provider, settings: Settings, folder: Path, rest: float) -> Model:
     stands_back = rest > 0
     # onnxruntime's own threads would stand back for good: they are as nice as the thread that starts them.
     opens_nicely = stands_back and settings.intra_op_threads == 1 and sys.platform == "linux"
@@ -404,9 +415,16 @@ async def load(settings: Settings, folder: Path, *, rest: float = 0.0) -> Model:
             partial(
                 inference.load,
                 folder,
-                provider=settings.provider,
+                provider=provider,
                 intra_op_threads=settings.intra_op_threads,
                 batch_sizes=settings.batch_sizes,
+                gpu=GpuOptions(
+                    cuda_graphs=settings.cuda_graphs,
+                    conv_algorithms=settings.cudnn_conv_algo_search,
+                    use_tf32=settings.use_tf32,
+                    prefer_nhwc=settings.prefer_nhwc,
+                    tensorrt_cache=settings.tensorrt_cache,
+                ),
             ),
         )
     finally:
@@ -438,9 +456,10 @@ async def load(settings: Settings, folder: Path, *, rest: float = 0.0) -> Model:
 
 def _log(settings: Settings, loaded: Inference, profile: LatencyProfile) -> None:
     manifest = loaded.manifest
+    where = ", ".join((loaded.provider, *(providers.gpus() if loaded.gpu else ())))
     logger.info(
         "%s version %s: %d labels, %d columns, running on %s.",
-        *(manifest.name, manifest.version, len(manifest.labels), len(manifest.rungs), loaded.provider),
+        *(manifest.name, manifest.version, len(manifest.labels), len(manifest.rungs), where),
     )
     for rung in manifest.rungs:
         latency = profile.latency(rung.column, 1)

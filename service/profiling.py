@@ -13,12 +13,14 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 
+from service import providers
 from service.engine import Processor
 from service.inference import Inference
 from service.latency import Latency, LatencyProfile
@@ -112,6 +114,7 @@ async def recall_or_measure(
         "cpu_quota": _cpu_quota(),
         "onnxruntime": onnxruntime.__version__,
         "provider": inference.provider,
+        "gpu": _gpu(inference),
         "intra_op_threads": intra_op_threads,
         "artifact": inference.sha256,
         "batch_sizes": list(batch_sizes),
@@ -186,6 +189,15 @@ def _cpu_quota() -> str | None:
         return CPU_QUOTA.read_text().strip()
     except OSError:
         return None
+
+
+def _gpu(inference: Inference) -> dict[str, object] | None:
+    """What the latencies on a GPU depend on; None where none is used."""
+    if inference.gpu is None:
+        return None
+    options = asdict(inference.gpu)
+    del options["tensorrt_cache"]
+    return {"names": providers.gpus(), "chosen": os.environ.get("CUDA_VISIBLE_DEVICES"), **options}
 
 
 def _processor_name() -> str:

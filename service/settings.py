@@ -321,9 +321,35 @@ class Settings(BaseSettings):
         description="Threads that decode large pictures. Larger: more at once, fewer cores for inference.",
     )
 
-    provider: Literal["auto", "cpu", "cuda"] = Field(
+    provider: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
         "auto",
-        description="Where to run: `cuda` refuses to start without a GPU, `auto` takes one if it works.",
+        description="Where to run: `cuda` and `tensorrt` refuse to start without a GPU, `auto` takes CUDA if "
+        "it works and says what it took.",
+    )
+    cuda_graphs: bool = Field(
+        True,
+        description="With CUDA, record each column and batch size at the start and replay it as one launch. "
+        "false: slower by a launch for each operator.",
+    )
+    cudnn_conv_algo_search: Literal["heuristic", "exhaustive", "default"] = Field(
+        "heuristic",
+        description="How algorithms for convolutions are chosen at the start, on a GPU. `exhaustive` tries "
+        "all: runs may be shorter, the start longer by up to a second for each column and batch size.",
+    )
+    use_tf32: bool = Field(
+        False,
+        description="Multiply on a GPU with 10 bits instead of float32's 23. true: faster where convolutions "
+        "are large, and the accuracy is not the one that the artifact was measured with.",
+    )
+    prefer_nhwc: bool = Field(
+        False,
+        description="Keep channels last in a GPU's memory. true: faster or slower, to be measured; tensor "
+        "cores want it so.",
+    )
+    tensorrt_cache: Path | None = Field(
+        default_factory=lambda: platform_cache() / "tensorrt",
+        description="Folder for what TensorRT has built, which takes tens of seconds for each column; empty: "
+        "it is built at every start.",
     )
     intra_op_threads: int = Field(
         1,
@@ -445,6 +471,7 @@ class Settings(BaseSettings):
 
 
 def load(arguments: Sequence[str] = ()) -> Settings:
+        "tensorrt_cache",
     """Read the settings from command line options (`--port 8001`), which win, and the environment.
 
     Raises:

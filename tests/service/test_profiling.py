@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from service import profiling
+from service import profiling, providers
 from service.engine import InferenceThread
 from service.inference import Inference
 from service.latency import LatencyProfile
 from service.profiling import measure, recall_or_measure
+from service.providers import GpuOptions
 from tests.fakes import FakeProcessor, run_in_virtual_time
 from tests.service import toy_artifact
 
@@ -138,12 +139,42 @@ def test_another_setup_is_measured_anew(
     machine.start_up()
     machine.start_up(n_threads=2)
     machine.start_up(Inference(inference.manifest, inference._sessions, provider="cpu", sha256="f" * 64))
+    gpu = GpuOptions()
+    machine.start_up(
+        Inference(inference.manifest, inference._sessions, provider="cuda", sha256="f" * 64, gpu=gpu)
+    )
     quota = tmp_path / "cpu.max"
     quota.write_text("150000 100000\n")
     monkeypatch.setattr(profiling, "CPU_QUOTA", quota)
     machine.start_up()
     assert machine.cache is not None
-    assert len(list(machine.cache.iterdir())) == 4
+    assert len(list(machine.cache.iterdir())) == 5
+
+
+@pytest.mark.parametrize("what", ["graphs", "another card", "another choice of cards"])
+def test_latencies_of_another_gpu_or_of_other_options_are_not_taken(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setattr(providers, "DRIVER", tmp_path / "driver")
+
+    def start_up(gpu: GpuOptions) -> None:
+        manifest, sessions = machine.inference.manifest, machine.inference._sessions
+        machine.start_up(Inference(manifest, sessions, provider="cuda", sha256="0" * 64, gpu=gpu))
+
+    def n_remembered() -> int:
+        assert machine.cache is not None
+        return len(list(machine.cache.iterdir()))
+
+    start_up(GpuOptions())
+    start_up(GpuOptions(tensorrt_cache=tmp_path))  # where something is kept changes no latency
+    assert n_remembered() == 1
+    if what == "another card":
+        (tmp_path / "driver/gpus/1").mkdir(parents=True)
+        (tmp_path / "driver/gpus/1/information").write_text("Model: NVIDIA L4")
+    if what == "another choice of cards":
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    start_up(GpuOptions(cuda_graphs=what != "graphs"))
+    assert n_remembered() == 2
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ def _no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_names_and_defaults_are_frozen() -> None:
     chosen = Settings().model_dump()
-    del chosen["profile_cache"]  # depends on the platform
+    del chosen["profile_cache"], chosen["tensorrt_cache"]  # depend on the platform
     assert chosen == {
         "artifact": embedded_artifact(),
         "model_repository": None,
@@ -71,6 +71,10 @@ def test_names_and_defaults_are_frozen() -> None:
         "decode_threads": 2,
         "provider": "auto",
         "intra_op_threads": 1,
+        "cuda_graphs": True,
+        "cudnn_conv_algo_search": "heuristic",
+        "use_tf32": False,
+        "prefer_nhwc": False,
         "brief_run_ms": 0.0,
         "batch_sizes": (1, 2, 4, 8),
         "profile_seconds": 3.0,
@@ -90,10 +94,11 @@ def test_options_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
     assert load(["--port", "9002", "--batch-sizes", "1,3"]).port == 9002
 
 
-def test_an_empty_cache_folder_disables_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load().profile_cache is not None
-    monkeypatch.setenv("ANYTIME_PROFILE_CACHE", "")
-    assert load().profile_cache is None
+@pytest.mark.parametrize("name", ["profile_cache", "tensorrt_cache"])
+def test_an_empty_cache_folder_disables_it(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    assert getattr(load(), name) is not None
+    monkeypatch.setenv(f"ANYTIME_{name.upper()}", "")
+    assert getattr(load(), name) is None
 
 
 def test_an_unknown_variable_refuses_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
