@@ -124,10 +124,13 @@ faults: $(VENV)/all ## break the code on purpose, line by line of tests/faults.t
 
 # ---- upkeep ----
 
-.PHONY: format lock protos clean
+.PHONY: format lock protos dashboards clean
 format: $(VENV)/all ## rewrite the source in the project's format
 	@$(VENV)/bin/ruff check --fix --exit-zero --quiet .
 	@$(VENV)/bin/ruff format .
+
+dashboards: $(VENV)/made ## renew deploy/grafana/dashboards from deploy/grafana/generate.py
+	@$(PY) -m deploy.grafana.generate
 
 protos: $(VENV)/all ## renew service/oip_pb2.py from service/protos/open_inference.proto
 	@$(PY) -m grpc_tools.protoc -I service/protos --python_out=$(VENV) --pyi_out=$(VENV) open_inference.proto
