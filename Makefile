@@ -124,7 +124,7 @@ faults: $(VENV)/all ## break the code on purpose, line by line of tests/faults.t
 
 # ---- upkeep ----
 
-.PHONY: format lock protos dashboards clean
+.PHONY: format lock protos dashboards manifests clean
 format: $(VENV)/all ## rewrite the source in the project's format
 	@$(VENV)/bin/ruff check --fix --exit-zero --quiet .
 	@$(VENV)/bin/ruff format .
@@ -136,6 +136,9 @@ protos: $(VENV)/all ## renew service/oip_pb2.py from service/protos/open_inferen
 	@$(PY) -m grpc_tools.protoc -I service/protos --python_out=$(VENV) --pyi_out=$(VENV) open_inference.proto
 	@mv $(VENV)/open_inference_pb2.py service/oip_pb2.py
 	@mv $(VENV)/open_inference_pb2.pyi service/oip_pb2.pyi
+
+manifests: $(VENV)/all ## renew what deploy/k8s has of deploy/prometheus/rules
+	@$(PY) deploy/k8s/prometheusrule.py
 
 lock: $(VENV)/made ## renew constraints.txt from pyproject.toml; UPGRADE=1 takes the newest versions
 	$(call say,Resolving the exact version of every dependency for every platform.)
