@@ -220,16 +220,14 @@ class Inference:
     ) -> NDArray[np.float32]:
         """Probabilities of one image from the logits of the columns that ran on it, shallow first.
 
-        Source: geometric ensemble, softmax(sum_j w_j log_softmax(z_j) / T + b), fitted at export. A
-        combination that the manifest lacks is answered by its deepest column alone.
+        Source: geometric ensemble, softmax(sum_j w_j log_softmax(z_j) / T + b), fitted at export; what
+        log_softmax takes off all logits of a column alike, the outer softmax takes off anyway. A combination
+        that the manifest lacks is answered by its deepest column alone.
         """
         if columns_run not in self._combinations:
             columns_run, logits_K = columns_run[-1:], logits_K[-1:]
         weights, bias = self._combinations[columns_run]
-        logits_CK = np.stack(logits_K)
-        shifted_CK = logits_CK - logits_CK.max(axis=1, keepdims=True)
-        log_p_CK = shifted_CK - np.log(np.exp(shifted_CK).sum(axis=1, keepdims=True))
-        mixed_K = weights @ log_p_CK + bias
+        mixed_K = weights @ logits_K + bias
         odds_K = np.exp(mixed_K - mixed_K.max())
         probabilities_K: NDArray[np.float32] = odds_K / odds_K.sum()
         return probabilities_K
