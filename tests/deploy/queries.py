@@ -7,6 +7,7 @@ import promql_parser
 
 from service.errors import OUTCOMES, REASONS
 from service.metrics import STAGES
+from service.providers import NAMES
 from service.scheduling import STOPPED_BY
 from tests.service.test_metrics import CONTRACT, PROCESS
 
@@ -16,7 +17,7 @@ CLOSED: dict[str, set[str]] = {
     "reason": set(REASONS),
     "stage": set(STAGES),
     "stopped_by": set(STOPPED_BY),
-    "provider": {"cpu", "cuda"},
+    "provider": set(NAMES),
     "alertstate": {"firing", "pending"},
 }
 """What a label that is asked for by name may be."""

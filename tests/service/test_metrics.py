@@ -3,6 +3,8 @@
 import asyncio
 import gc
 import re
+import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -119,6 +121,22 @@ def test_names_types_and_labels_are_frozen(metrics: Metrics) -> None:
         assert name not in found
         found[name] = (family.type, {label for sample in family.samples for label in sample.labels} - {"le"})
     assert found == CONTRACT | (PROCESS if sys.platform == "linux" else {})
+
+
+@pytest.mark.prometheus
+@pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="needs promtool (Debian: apt install prometheus)"
+)
+def test_prometheus_has_no_complaint(metrics: Metrics) -> None:
+    checked = subprocess.run(
+        ["promtool", "check", "metrics"],
+        input=text(metrics),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=50,
+    )
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
 
 
 def test_each_metric_is_explained() -> None:
