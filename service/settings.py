@@ -450,6 +450,7 @@ class Settings(BaseSettings):
 
     @field_validator(
         *("grpc_port", "profile_cache", "model_repository", "api_keys_file", "admin_keys_file"),
+        "tensorrt_cache",
         *("tls_certificate", "tls_key", "tls_client_ca"),
         mode="before",
     )
@@ -471,7 +472,6 @@ class Settings(BaseSettings):
 
 
 def load(arguments: Sequence[str] = ()) -> Settings:
-        "tensorrt_cache",
     """Read the settings from command line options (`--port 8001`), which win, and the environment.
 
     Raises:
