@@ -27,12 +27,12 @@ PRIORITY = -10
 """Of this process while it sends, where it may: clients are elsewhere and wait for no server's core."""
 SETTLE_S = 0.4
 """From the beginning of a server's turn to its first request [s]. Larger gives more time to find its feet."""
-DRAIN_LIMIT_S = 3.0
+DRAIN_LIMIT_S = 2.0
 """How long a server may go on with what nobody waits for any more, before it is frozen all the same [s]."""
 SAMPLE_S = 0.2
 BUSY_SHARE = 0.25
 """Of a core, above what it takes idle: beyond it a server is still at work."""
-IDLE_S = 1.0
+IDLE_S = 0.5
 """How long idle servers are watched [s]."""
 WAKE_LIMIT_S = 60.0
 """How long a server that says it is ready may go without an answer [s]."""
@@ -42,8 +42,8 @@ CHECK_EVERY_S = 0.08
 CHECK_BUDGET_S = 5.0
 MIN_CHECKED_SHARE = 0.9
 """A server with limits of its own may refuse some if the machine is busy; fewer answers show nothing."""
-LOST_AFTER_S = 1.0
-"""After the last due time [s]: 20 times the largest usual budget. Larger waits longer for what is late."""
+LOST_AFTER_S = 0.5
+"""After the last due time [s]: 10 times the largest usual budget. Larger waits longer for what is late."""
 N_SATURATING = 1500
 
 
