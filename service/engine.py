@@ -147,7 +147,8 @@ class InferenceThread:
         Raises:
             ArtifactError: a graph cannot be run or gives no usable logits.
         """
-        await self._submit(partial(self._inference.warm_up, batch_sizes))
+        for size in batch_sizes:  # one by one, so that who is tired of waiting leaves the thread little to do
+            await self._submit(partial(self._inference.warm_up, [size]))
 
     def close(self) -> None:
         """Take no more runs; one in progress is left to end by itself."""
@@ -171,6 +172,7 @@ class InferenceThread:
                 settle = partial(_fail, done, error)
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(settle)
+            del work, call, done, settle  # an error holds this frame, and with it what the run needed
 
 
 def _set(done: asyncio.Future[Result], result: Result) -> None:

@@ -199,6 +199,8 @@ class Repository:
             if self._is_stopping:
                 raise Stopped("This server is stopping: its models stay as they are.") from None
             raise
+        finally:
+            del task  # its error has come through this frame, and through some that hold what was loaded
 
     def _ended(self, change: asyncio.Task[None]) -> None:
         self._changes.discard(change)

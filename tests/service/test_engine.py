@@ -22,6 +22,8 @@ from service.policies import POLICY_NAMES, PolicyName, named
 from service.scheduling import Admission, Anytime, Plan, Policy
 from service.waiting import NO_TRAFFIC, Queue, TicketT, Traffic
 from tests.fakes import ACCURACY, Behaviour, FakeProcessor, picture, run_in_virtual_time
+from tests.service import toy_artifact
+from tests.service.conftest import BlockedSession
 
 COST_S = {"1": 0.001, "2": 0.003, "3": 0.008}
 RESERVE_S = 0.0005
@@ -587,6 +589,23 @@ def test_the_thread_that_ships_runs_what_it_is_told_and_tells_of_failures(infere
 
     asyncio.run(test())
     assert threads == ["inference", "inference", "MainThread", "MainThread", "inference", "inference"]
+
+
+def test_who_gives_a_warm_up_up_leaves_the_thread_little_to_do(
+    inference: Inference, session: BlockedSession
+) -> None:
+    async def test() -> None:
+        sessions = dict.fromkeys(toy_artifact.COLUMNS, session)
+        processor = InferenceThread(Inference(inference.manifest, sessions, provider="cpu", sha256="0" * 64))
+        warming = asyncio.create_task(processor.warm_up((1, 2)))
+        await asyncio.to_thread(session.started.wait, 30)
+        warming.cancel()
+        processor.close()
+        session.released.set()
+        await asyncio.to_thread(processor._thread.join, 30)
+        assert set(session.n_images) == {1}
+
+    asyncio.run(test())
 
 
 # ---- leaving ----

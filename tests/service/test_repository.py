@@ -2,21 +2,26 @@
 
 import asyncio
 import gc
+import hashlib
 import json
+import logging
 import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
 from service.errors import NotFound, NotLoadable, Problem, Stopped
-from service.inference import ArtifactError, Inference
+from service.inference import ArtifactError, Inference, Manifest
 from service.repository import Repository, prepare
 from service.settings import Settings
 from tests.service import toy_artifact
-from tests.service.conftest import BATCH_SIZES, BlockedSession, Launcher, Running
+from tests.service.conftest import BATCH_SIZES, BlockedSession, Launcher, Running, nothing_left_of
 
 BODY = bytes(toy_artifact.HEIGHT * toy_artifact.WIDTH * 3)
 RAW = {"content-type": "application/octet-stream"}
@@ -151,6 +156,34 @@ def test_what_cannot_be_loaded_changes_nothing(
     listed = asyncio.run_coroutine_threadsafe(server.repository.index(), server.loop).result()
     assert [says in one.reason for one in listed if one.version == "9"] == [True]
     assert states(server)["toy/9"] == "UNAVAILABLE"
+
+
+def remove(folder: Path) -> None:
+    (folder / "column-2.onnx").unlink()
+
+
+def poison(folder: Path) -> None:
+    """Divide by 0: a picture of zeros, with which it is warmed up, gives NaN."""
+    graph = onnx.load_from_string((folder / "column-1.onnx").read_bytes())
+    white = next(constant for constant in graph.graph.initializer if constant.name == "white")
+    white.CopyFrom(numpy_helper.from_array(np.array(0, np.float32), "white"))
+    (folder / "column-1.onnx").write_bytes(graph.SerializeToString())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["rungs"][0]["sha256"] = hashlib.sha256(graph.SerializeToString()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("break_", [remove, damage, rename, poison])
+def test_what_cannot_be_loaded_leaves_nothing(
+    server: Running, folder: Path, break_: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not even until garbage is collected: the next version that is loaded freezes it for good."""
+    caplog.set_level(logging.CRITICAL, "service.repository")  # pytest would keep the error with the message
+    break_(folder / "toy" / "9")
+    with nothing_left_of(Inference, Manifest, n_bytes=100_000):
+        for _ in range(2):
+            with pytest.raises(NotLoadable):
+                server.on_loop(server.repository.load("toy", "9"))
 
 
 @pytest.mark.parametrize(
