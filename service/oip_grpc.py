@@ -21,7 +21,7 @@ import numpy as np
 from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
-from service import oip
+from service import oip, wire
 from service import oip_pb2 as pb
 from service.access import Access, Door
 from service.errors import (
@@ -239,7 +239,8 @@ class _Calls(grpc.GenericRpcHandler):
             record.is_let_in = True
             body = await self._body(record, context)
             with self._room_for(len(body)):
-                response = await call.answer(_parsed(call.request, body), record, context)
+                request = _parsed(call.request, body, self._settings.max_values)
+                response = await call.answer(request, record, context)
                 context.set_trailing_metadata((_request_id(record),))
                 record.status = grpc.StatusCode.OK.name
                 return response.SerializeToString()
@@ -374,7 +375,8 @@ def _request_id(record: Record) -> tuple[str, str]:
 # ---- messages in this server's words, and back ----
 
 
-def _parsed(kind: type[Message], body: bytes) -> Message:
+def _parsed(kind: type[Message], body: bytes, max_values: int) -> Message:
+    wire.check(kind, body, max_values)
     try:
         return kind.FromString(body)
     except DecodeError as error:
@@ -410,7 +412,7 @@ def _pictures(
 
 
 def _scalars(parameters: Mapping[str, Any], names: Iterable[str] | None = None) -> dict[str, Any]:
-    """The parameters of these names, or all: a map may have a million that nobody asks for."""
+    """The parameters of these names, or all."""
     found = {}
     for name in parameters if names is None else names:
         if name in parameters:  # a look at one that is not there would make it

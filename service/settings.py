@@ -290,6 +290,13 @@ class Settings(BaseSettings):
         ge=1,
         description="The bodies of all open requests together; above it 429. Larger: more memory.",
     )
+    max_values: int = Field(
+        1 << 18,
+        ge=100,
+        description="Numbers, texts, lists and objects in a body of JSON, and bytes of lists of numbers in a "
+        "gRPC message; above it 413. Larger: bigger tensors in these forms, and for up to 0.1 us each nobody "
+        "else is served while they are read. Binary tensors and files have no such bound.",
+    )
     max_images_per_request: int = Field(
         32,
         ge=1,

@@ -7,12 +7,14 @@ import io
 import json
 import random
 import tempfile
+import tracemalloc
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.MpoImagePlugin import MpoImageFile
 
-from service.decoding import INLINE_BYTES, Decoder
+from service.decoding import BASE64_LENGTH, INLINE_BYTES, MAX_FIELDS, Decoder, from_base64, loads
 from service.errors import Malformed, Problem, TooLarge, UnsupportedType
 
 SIDE = 32
@@ -30,7 +32,7 @@ PIXELS = np.random.default_rng(3).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
 @pytest.fixture(scope="module")
 def decoder() -> Iterator[Decoder]:
     with ThreadPoolExecutor(1) as threads:
-        yield Decoder(height=SIDE, width=SIDE, max_pixels=1_000_000, threads=threads)
+        yield Decoder(height=SIDE, width=SIDE, max_pixels=1_000_000, max_values=1000, threads=threads)
 
 
 def decode(decoder: Decoder, content_type: str, body: bytes) -> NDArray[np.uint8]:
@@ -168,6 +170,107 @@ PNG = encoded(PIXELS)
 
 
 @pytest.mark.parametrize(
+    "written",
+    [
+        '{"image":"%s"}',
+        ' { "image" : "%s" }\n',
+        '{"image":\n\n\n\n\n\n\n\n\n\n"%s"}',
+        '{"\\u0069mage":"%s"}',
+        '{"image":"%s"' + " " * 100 + "}",
+    ],
+)
+@pytest.mark.parametrize("slash", ["/", "\\/", "\\u002f"])
+def test_a_picture_in_json_may_be_large_and_written_in_any_way(
+    decoder: Decoder, written: str, slash: str
+) -> None:
+    noise = np.random.default_rng(5).integers(0, 256, (400, 400, 3), np.uint8)
+    text = base64.b64encode(encoded(noise)).decode()
+    assert len(text) > 2 * BASE64_LENGTH
+    assert "/" in text
+    body = (written % text.replace("/", slash)).encode()
+    np.testing.assert_array_equal(
+        decode(decoder, "application/json", body), decode(decoder, "image/png", encoded(noise))
+    )
+
+
+@given(st.integers(-9, 9), st.integers(0, 12), st.sampled_from("=A!\n"))
+def test_base64_in_parts_is_base64(n: int, back: int, put: str) -> None:
+    whole = base64.b64encode(bytes(BASE64_LENGTH // 4 * 3 + n)).decode()
+    at = min(BASE64_LENGTH, len(whole) - 1) - back
+    for text in (whole, whole[:at] + put + whole[at + 1 :], whole[:-1]):
+        try:
+            expected = base64.b64decode(text, validate=True)
+        except ValueError:
+            with pytest.raises(ValueError, match=r"."):
+                from_base64(text)
+        else:
+            assert from_base64(text) == expected
+
+
+# ---- what is made of a body is counted before it is made ----
+
+
+values = st.recursive(
+    st.none() | st.integers(0, 9) | st.sampled_from(["", "a"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=2), inner, max_size=4),
+)
+
+
+def n_objects(document: object) -> int:
+    """Everything that Python has to make of it: names as well, once each time."""
+    if isinstance(document, list):
+        return 1 + sum(map(n_objects, document))
+    if isinstance(document, dict):
+        return 1 + sum(1 + n_objects(value) for value in document.values())
+    return 1
+
+
+@given(values)
+def test_law_no_more_objects_are_made_of_json_than_are_counted(document: object) -> None:
+    body = orjson.dumps(document)
+    allowed = next(n for n in range(1000) if _is_taken(body, n))
+    assert n_objects(document) <= allowed + 1
+    assert loads(body, allowed) == document
+
+
+def _is_taken(body: bytes, most: int) -> bool:
+    with contextlib.suppress(TooLarge):
+        loads(body, most)
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(b'{"image":[' + b"[]," * 2_000_000 + b"[]]}", id="lists"),
+        pytest.param(b'{"image":[' + b"{}," * 2_000_000 + b"{}]}", id="objects"),
+        pytest.param(b"{" + b",".join(b'"%d":1' % i for i in range(200_000)) + b"}", id="names"),
+        pytest.param(b'{"image":[' + b"1," * 2_000_000 + b"1]}", id="numbers"),
+        pytest.param(b'{"image":[' + b'"",' * 2_000_000 + b'""]}', id="texts"),
+    ],
+)
+def test_json_that_is_all_structure_is_refused_before_it_is_parsed(decoder: Decoder, body: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(TooLarge, match="more than 1000 values"):
+            decode(decoder, "application/json", body)
+        _, most_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most_bytes < 1e6
+
+
+def test_a_form_of_a_myriad_of_fields_is_not_read_to_its_end(decoder: Decoder) -> None:
+    fields = [("note", "", b"")] * (MAX_FIELDS - 1)
+    picture = ("image", AS_FILE, PNG)
+    assert decode(decoder, FORM, form(*fields, picture)).shape == (SIDE, SIDE, 3)
+    for extra in ("", AS_FILE):
+        with pytest.raises(TooLarge, match="more than 100 fields"):
+            decode(decoder, FORM, form(*fields, ("note", extra, b""), picture))
+
+
+@pytest.mark.parametrize(
     ("content_type", "body", "problem", "says"),
     [
         ("", PNG, UnsupportedType, "missing"),
@@ -190,6 +293,10 @@ PNG = encoded(PIXELS)
         ("application/json", b'{"image": "abcd!?"}', Malformed, "no base64"),
         ("application/json", b'{"image": "\xc3\xa9"}', Malformed, "no base64"),
         ("application/json", b'{"image": ""}', Malformed, "empty"),
+        ("application/json", b'{"image": "}', Malformed, "no JSON"),
+        ("application/json", b'{"image": "abcd"', Malformed, "no JSON"),
+        ("application/json", b'{"image": "abcd"}}', Malformed, "no JSON"),
+        ("application/json", b'{"image": "ab", "image": "abcd"}', UnsupportedType, "convert"),
         ("multipart/form-data", form(("image", AS_FILE, PNG)), Malformed, "boundary"),
         (FORM, b"nothing", Malformed, "form"),
         (FORM, form(("picture", AS_FILE, PNG)), Malformed, "0 fields"),
@@ -217,7 +324,7 @@ def test_a_bomb_is_refused_by_its_header(decoder: Decoder, side: int) -> None:
 @given(st.binary(max_size=300), st.integers(0, 2**32))
 def test_law_no_bytes_lead_to_anything_but_an_image_or_a_problem(noise: bytes, seed: int) -> None:
     with ThreadPoolExecutor(1) as threads:
-        decoder = Decoder(height=SIDE, width=SIDE, max_pixels=1_000_000, threads=threads)
+        decoder = Decoder(height=SIDE, width=SIDE, max_pixels=1_000_000, max_values=1000, threads=threads)
         damaged = bytearray(PNG)
         rng = random.Random(seed)
         for _ in range(3):

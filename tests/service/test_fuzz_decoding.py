@@ -167,7 +167,9 @@ class Decoding:
 
     def __init__(self, runner: asyncio.Runner, threads: ThreadPoolExecutor) -> None:
         self._runner = runner
-        self._decoder = Decoder(height=SIDE, width=SIDE, max_pixels=MAX_PIXELS, threads=threads)
+        self._decoder = Decoder(
+            height=SIDE, width=SIDE, max_pixels=MAX_PIXELS, max_values=1000, threads=threads
+        )
 
     def image(self, body: bytes) -> NDArray[np.uint8]:
         return self._runner.run(self._decoder.decode("image/png", body))
@@ -307,7 +309,7 @@ from service.errors import TooLarge
 def grown_bytes(kind, body, max_pixels):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with ThreadPoolExecutor(1) as threads:
-        decoder = Decoder(height=32, width=32, max_pixels=max_pixels, threads=threads)
+        decoder = Decoder(height=32, width=32, max_pixels=max_pixels, max_values=1000, threads=threads)
         try:
             asyncio.run(decoder.decode("image/png", body))
         except TooLarge:
@@ -381,7 +383,7 @@ def test_pillows_warnings_reach_neither_the_log_nor_the_answer() -> None:
     body = encoded(Image.new("RGB", (40, 40)), "JPEG", exif=exif.tobytes()[:-6])
     script = (
         "import asyncio, sys; from service.decoding import Decoder; "
-        "decoder = Decoder(height=32, width=32, max_pixels=1_000_000, threads=None); "
+        "decoder = Decoder(height=32, width=32, max_pixels=1_000_000, max_values=1000, threads=None); "
         "print(asyncio.run(decoder.decode('image/jpeg', sys.stdin.buffer.read())).shape)"
     )
     run = subprocess.run(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from service import oip
 from service.engine import InferenceThread, Served
-from service.errors import Malformed, OutOfRange, Problem
+from service.errors import Malformed, OutOfRange, Problem, TooLarge
 from service.inference import Inference, Manifest, read_manifest
 from service.models import Asked, Model
 from service.oip import OutputTensor, RequestedOutput
@@ -159,6 +159,7 @@ INPUT = {"name": "image", "datatype": "UINT8", "shape": [2, *SHAPE], "data": PIX
         (body(**FILE, data=["YQ"]), b"", "base64 of each file"),
         (body(**FILE, data=["YQ==!"]), b"", "base64 of each file"),
         (body(**FILE, data=[1]), b"", "base64 of each file"),
+        (body(**FILE, data=[{}]), b"", "base64 of each file"),
         (body(**FILE, data=["YQ==", "YQ=="]), b"", "has 1 elements, but 2 came"),
         (body(**FILE | {"shape": [1, 1]}, data=[["YQ=="]]), b"", "has the shape [-1]"),
     ],
@@ -171,6 +172,33 @@ def test_what_is_malformed_is_refused_with_a_sentence(
 
     assert says in refused.value.detail
     assert len(refused.value.detail) < 300
+
+
+@pytest.mark.parametrize("inner", [b"[]", b"{}", b"7", b'"x"', b'{"x":1}'])
+def test_json_of_more_values_than_allowed_is_refused_before_it_is_parsed(
+    manifest: Manifest, inner: bytes
+) -> None:
+    header = body(data=[]).replace(b'"data":[]', b'"data":[%b]' % b",".join([inner] * 500_000))
+    tracemalloc.start()
+    try:
+        with pytest.raises(TooLarge, match="more than 262144 values: send pixels as a binary tensor"):
+            oip.read_json(manifest, SETTINGS, header, b"")
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_as_many_pictures_as_allowed_fit_as_json(manifest: Manifest) -> None:
+    """Of the size of the network that ships, nested as their shape says."""
+    chosen = Settings(_env_file=None, profile_cache=None)
+    shape = [chosen.max_images_per_request, 32, 32, 3]
+    data = np.full(shape, 255).tolist()
+    header = orjson.dumps({"inputs": [{"name": "image", "datatype": "UINT8", "shape": shape, "data": data}]})
+    large = manifest.model_copy(
+        update={"input": manifest.input.model_copy(update={"height": 32, "width": 32})}
+    )
+
+    assert len(oip.read_json(large, chosen, header, b"").pictures) == 32
 
 
 def with_parameters(**parameters: Any) -> bytes:

@@ -282,16 +282,29 @@ def test_what_is_malformed_is_refused_with_a_sentence(
     assert_refused(lambda: call(server).infer(request), grpc.StatusCode.INVALID_ARGUMENT, says)
 
 
-def test_a_million_outputs_or_parameters_are_not_looked_at(
-    server: Running, call: Callable[..., Caller]
+@pytest.mark.parametrize("method", ["ModelInfer", "ModelReady", "ModelMetadata", "ServerLive"])
+def test_a_message_of_a_myriad_of_fields_is_refused_before_it_is_built(
+    server: Running, call: Callable[..., Caller], method: str
 ) -> None:
-    request = asking()
-    request.outputs.extend([pb.ModelInferRequest.InferRequestedOutputTensor(name="label")] * 100_000)
-    for i in range(100_000):
-        request.parameters[str(i)].bool_param = True
+    assert_refused(
+        lambda: call(server).method(method)(b"\x2a\0" * 1_000_000),
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "more than 1000 fields",
+    )
+
+
+def test_lists_of_more_numbers_than_allowed_are_refused(
+    launch: Launcher, call: Callable[..., Caller]
+) -> None:
+    request = asking(contents={"uint_contents": [0] * PIXELS.size})
+    request.ClearField("raw_input_contents")
+    n_numbers = PIXELS.size + len(SHAPE)
+    assert call(launch(grpc_port=0, max_values=n_numbers)).infer(request).model_name == "toy"
 
     assert_refused(
-        lambda: call(server).infer(request), grpc.StatusCode.INVALID_ARGUMENT, "label is named twice"
+        lambda: call(launch(grpc_port=0, max_values=n_numbers - 1)).infer(request),
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "raw_input_contents",
     )
 
 
@@ -443,7 +456,7 @@ def test_a_call_that_ends_leaves_nothing_of_its_message_to_the_garbage_collector
     late = asking(0.0)
     late.id = good.id
     with nothing_left_of(Problem, pb.ModelInferRequest, n_bytes=n_bytes):
-        for wrong in (late.SerializeToString(), bytes(n_bytes)):
+        for wrong in (late.SerializeToString(), b"\xff" * n_bytes):
             # Not raised: a client's own circles would be found as well.
             assert infer.future(wrong).code() is grpc.StatusCode.INVALID_ARGUMENT
         leaving = infer.future(good.SerializeToString())

@@ -211,6 +211,14 @@ def test_if_there_is_no_room_for_all_pictures_of_a_request_none_stays(
     assert server.client.post(INFER, json=asking()).status_code == 200
 
 
+def test_a_change_of_a_myriad_of_values_is_refused(server: Running) -> None:
+    body = b'{"ready":[' + b"[]," * 200_000 + b"[]]}"
+    refused = server.client.post("/v2/repository/index", content=body, headers=ADMIN)
+
+    assert refused.status_code == 413
+    assert "more than 262144 values" in refused.json()["error"]
+
+
 def test_it_is_documented(server: Running) -> None:
     paths = server.client.get("/openapi.json").json()["paths"]
     assert {"/v2", "/v2/health/ready", "/v2/models/{name}/infer", "/v2/repository/index"} <= paths.keys()

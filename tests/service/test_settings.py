@@ -64,6 +64,7 @@ def test_names_and_defaults_are_frozen() -> None:
         "max_waiting": 512,
         "max_body_bytes": 16_777_216,
         "max_bodies_bytes": 268_435_456,
+        "max_values": 262_144,
         "max_images_per_request": 32,
         "max_pixels": 25_000_000,
         "body_timeout_s": 10.0,
