@@ -362,7 +362,7 @@ class Engine:
     def _reason(self, arrived_s: float, deadline_s: float, now_s: float, spent_on: Reason) -> Reason:
         """Judged by what was measured at first: a server that has become slow must not blame its callers."""
         least_s = self._profile.measured(self._ladder.shallowest, 1).high_s + self._reserve.start_s
-        if deadline_s - arrived_s < least_s:
+        if least_s > deadline_s - arrived_s:
             return "budget"
         return spent_on if deadline_s - now_s < least_s else "load"
 
