@@ -38,9 +38,9 @@ WAKE_LIMIT_S = 60.0
 """How long a server that says it is ready may go without an answer [s]."""
 N_CHECKED = 160
 CHECKED_AT_ONCE = 8
-CHECK_EVERY_S = 0.08
+CHECK_EVERY_S = 0.16
 CHECK_BUDGET_S = 5.0
-MIN_CHECKED_SHARE = 0.9
+MIN_CHECKED_SHARE = 0.75
 """A server with limits of its own may refuse some if the machine is busy; fewer answers show nothing."""
 LOST_AFTER_S = 0.5
 """After the last due time [s]: 10 times the largest usual budget. Larger waits longer for what is late."""

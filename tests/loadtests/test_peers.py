@@ -28,7 +28,13 @@ with_environment = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_artifact.write(tmp_path_factory.mktemp("artifact") / "toy")
+    """One whose calibration changes what is answered."""
+    folder = toy_artifact.write(tmp_path_factory.mktemp("artifact") / "toy")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for rule in manifest["combinations"]:
+        rule |= {"temperature": 4.0, "bias": [0.0, 2.0, 0.0, 0.0, -1.0]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
 
 
 @pytest.fixture(scope="module", name="images_NHWC")
