@@ -41,6 +41,7 @@ from service.errors import (
     UnsupportedType,
 )
 from service.exchange import Exchange, Headers, Room, arrived_s, problem_document
+from service.logs import RequestLog
 from service.metrics import CONTENT_TYPE
 from service.models import Asked, Model, number, settled
 from service.oip_http import EXCHANGE, RAW, OpenInference, error_document, infer_route
@@ -84,7 +85,9 @@ class Service:
         self._room = Room(settings.max_bodies_bytes)
         self._n_open = 0
         self._tracer = _tracer(settings, clock)
-        self._journal = Journal(repository.metrics, [self._tracer.take] if self._tracer else [])
+        # The tracer first: a trace that begins here has its name then, also in the log.
+        observers = [*([self._tracer.take] if self._tracer else []), RequestLog(settings).take]
+        self._journal = Journal(repository.metrics, observers)
         self._oip = OpenInference(settings, repository, self._room, clock)
         self._app = self._routes()
         self._answer_all: ASGIApp = self._answer_one

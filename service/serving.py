@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import uvicorn
 
-from service import repository, settings
+from service import logs, repository, settings
 from service.api import Service
 from service.inference import ArtifactError
 from service.protocol import allow_open_files, connection_options
@@ -118,13 +118,7 @@ def serve(arguments: Sequence[str]) -> int:
     """
     try:
         chosen = settings.load(arguments)
-        logging.basicConfig(level=chosen.log_level.upper(), format="%(levelname)-7s %(message)s")
-        logging.getLogger("uvicorn").setLevel(logging.WARNING)
-        for library in (
-            "PIL",
-            "python_multipart",
-        ):  # they would log what is wrong with a body, and parts of it
-            logging.getLogger(library).setLevel(logging.CRITICAL)
+        logs.configure(chosen)
         # Read when that is imported: gRPC's core writes of every odd connection, past all loggers.
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         allow_open_files(chosen)
@@ -134,6 +128,9 @@ def serve(arguments: Sequence[str]) -> int:
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down
             server.run(sockets=[listener])
     except (SettingsError, ArtifactError) as error:
-        print(f"service: {error}", file=sys.stderr)
+        if logs.is_json():
+            logger.critical("%s", error)
+        else:
+            print(f"service: {error}", file=sys.stderr)
         return 2
     return 0

@@ -88,7 +88,21 @@ class Settings(BaseSettings):
         "system choose one; empty: no gRPC.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Lower levels say more; no level logs single requests or their contents."
+        "info",
+        description="Lower levels say more. Single requests are logged as log_requests says; no level logs "
+        "who sent them or what is in them.",
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text",
+        description="Lines for people; or for programs a JSON object a line, with time, request_id and "
+        "trace_id.",
+    )
+    log_requests: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the requests for an answer that are logged, a line each: 1 logs all, 0 only "
+        "those that fail (500), which always are. Larger: some 20 us more of each.",
     )
     traces_endpoint: str = Field(
         "",

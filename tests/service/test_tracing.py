@@ -80,7 +80,7 @@ class Collector(TraceServiceServicer):
         self.answers = threading.Event()
         self.answers.set()
         self.refuses_with: grpc.StatusCode | None = None
-        self._server = grpc.server(ThreadPoolExecutor(2))
+        self._server = grpc.server(ThreadPoolExecutor(32))
         add_TraceServiceServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]  # generated
         self.port = self._server.add_insecure_port("127.0.0.1:0")
         self._server.start()
@@ -447,8 +447,12 @@ def test_stopping_sends_what_waits(launch: Launcher, collector: Collector) -> No
     for number in range(1, 21):
         ask(server, context(number))
     assert collector.called.wait(30)
+    stopping = threading.Thread(target=launch.stack.close)
+    stopping.start()
+    assert server.service._tracer is not None
+    assert server.service._tracer._closing.wait(30)
     collector.answers.set()
-    launch.stack.close()
+    stopping.join()
     assert len(collector.traces()) == 20
     assert not any(thread.name == "tracing" for thread in threading.enumerate())
 
