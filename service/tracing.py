@@ -39,7 +39,7 @@ from service.access import Rates
 from service.engine import Served
 from service.models import milliseconds
 from service.record import Record, TraceContext
-from service.settings import Settings
+from service.settings import Settings, SettingsError
 
 logger = logging.getLogger(__name__)
 exporter_logger = logging.getLogger("opentelemetry.exporter.otlp.proto.grpc.exporter")
@@ -77,6 +77,9 @@ class Tracer:
         settings: Where to, which, and all bounds.
         clock: Monotonic time of the records [s].
         draw: A number from 0 to 1 for each request that comes without a trace.
+
+    Raises:
+        SettingsError: OpenTelemetry refuses one of its variables in the environment.
     """
 
     def __init__(
@@ -94,7 +97,13 @@ class Tracer:
         self._clock = clock
         self._draw = draw
         self._spans = _Spans(clock)
-        self._exporter = OTLPSpanExporter(endpoint=settings.traces_endpoint, timeout=self._timeout_s)
+        try:
+            self._exporter = OTLPSpanExporter(endpoint=settings.traces_endpoint, timeout=self._timeout_s)
+        except Exception as error:  # it has no one kind of error for what is wrong
+            raise SettingsError(
+                f"ANYTIME_TRACES_ENDPOINT: OpenTelemetry refuses a variable of the environment ({error}): "
+                "correct what begins with OTEL_, or remove it."
+            ) from error
         self._complaint = "They came faster than they were taken."
         self._waiting: SimpleQueue[Record | None] = SimpleQueue()
         self._n_refused = 0

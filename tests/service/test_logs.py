@@ -93,6 +93,7 @@ def test_a_line_says_when_and_how_bad() -> None:
 
 def test_text_steers_no_terminal() -> None:
     assert TextFormatter().format(record_of("a\x1b[2Jb\rc\nd")) == r"WARNING a\x1b[2Jb\rc\nd"
+    assert TextFormatter().format(record_of("a\x9b2Jb\x85c\u2028d")) == r"WARNING a\x9b2Jb\x85c\u2028d"
 
 
 class Unspeakable:

@@ -26,6 +26,8 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Status
 from service import oip_pb2 as pb
 from service.access import new_key
 from service.inference import Inference
+from service.settings import Settings, SettingsError
+from service.tracing import Tracer
 from tests.service import toy_artifact
 from tests.service.conftest import BlockedSession, Launcher, Running
 
@@ -439,6 +441,12 @@ def test_the_server_says_what_it_is_and_the_environment_may_say_more(
     assert resource["deployment.environment.name"] == "here"
     assert {"service.version", "service.instance.id", "telemetry.sdk.language"} <= resource.keys()
     assert collector.metadata[0]["x-token"] == "secret"
+
+
+def test_a_variable_that_opentelemetry_refuses_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "lzma")
+    with pytest.raises(SettingsError, match=r"lzma.*correct what begins with OTEL_"):
+        Tracer(Settings(_env_file=None, traces_endpoint="http://127.0.0.1:4317"))
 
 
 def test_stopping_sends_what_waits(launch: Launcher, collector: Collector) -> None:
