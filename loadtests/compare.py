@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--loads", default="0.5,0.8,1.0,1.5", help="shares of the capacity, with commas")
     parser.add_argument("--arrivals", default="poisson,gamma-4", help=f"of {', '.join(schedules.NAMES)}")
     parser.add_argument("--budgets", default="2,5,10,50", help="mix of budgets [ms], with commas")
-    parser.add_argument("--seconds", type=float, default=4.0, help="length of one run")
+    parser.add_argument("--seconds", type=float, default=3.5, help="length of one run")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each, every time with other requests")
     parser.add_argument("--capacity", type=float, help="requests/s of load 1, instead of measuring it")
     parser.add_argument("--seed", type=int, default=0)

@@ -38,9 +38,6 @@ IDLE_S = 4.0
 """A connection idle for longer is not used again. Larger than the server's own limit (uvicorn's is 5 s) loses
 requests on connections that it is about to close; smaller opens more anew."""
 
-TAKEN_SHARE = 0.95
-"""Of the connections: where so many wait for responses, none is free, except for those being replaced."""
-
 HEAD = re.compile(
     rb"HTTP/1\.1 (\d{3}) .*?\r\ncontent-length:[ \t]*(\d+)[ \t]*\r\n", re.IGNORECASE | re.DOTALL
 )
@@ -58,6 +55,7 @@ class Reply:
         done_s: When the last byte of the response was read; NaN without one.
         status: Of the response; 0 without one: the connection was lost, or time was up.
         body: Of the response.
+        noticed_s: When the generator saw that it was due, to send it once a connection is free; NaN if never.
     """
 
     image: int
@@ -66,11 +64,21 @@ class Reply:
     done_s: float
     status: int
     body: bytes
+    noticed_s: float = math.nan
 
     @property
     def lag_s(self) -> float:
-        """How late the generator itself sent it; NaN if it never did."""
+        """How late it was sent, waits for a connection included; NaN if it never was."""
         return self.sent_s - self.due_s
+
+    @property
+    def own_lag_s(self) -> float:
+        """How late the generator itself was; NaN if it never saw the request.
+
+        A server that leaves every connection without a response, or accepts no more, keeps requests from
+        being sent. That is its doing, and counts in the latency.
+        """
+        return self.noticed_s - self.due_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,24 +91,6 @@ class Prediction:
     stopped_by: str
     elapsed_ms: float
     timing_ms: Mapping[str, float]
-
-
-def own_lag_s(replies: Sequence[Reply], max_connections: int) -> NDArray[np.float64]:
-    """How late the generator itself sent each request [s]; 0 where the server kept it from sending.
-
-    It does that when it leaves (nearly) every connection without a response: a request that is due then waits
-    for the server, not for the generator. So does one that was never sent.
-
-    Args:
-        replies: All of one run, in the order in which they were due.
-        max_connections: That the run was allowed.
-    """
-    due_s = np.array([reply.due_s for reply in replies])
-    sent_s = np.sort([reply.sent_s for reply in replies if not math.isnan(reply.sent_s)])
-    done_s = np.sort([reply.done_s for reply in replies if not math.isnan(reply.done_s)])
-    n_taken = np.searchsorted(sent_s, due_s) - np.searchsorted(done_s, due_s)
-    lag_s = np.nan_to_num([reply.lag_s for reply in replies], nan=0.0)
-    return np.where(n_taken >= TAKEN_SHARE * max_connections, 0.0, lag_s)
 
 
 def read_reply(reply: Reply) -> Prediction:
@@ -200,8 +190,8 @@ async def send(
             await sending.until_settled(timeout_s)
     finally:
         await sending.close()
-    rows = zip(images, due_s, sending.sent_s, sending.done_s, sending.status, sending.body, strict=True)
-    return [Reply(*row) for row in rows]
+    columns = (sending.sent_s, sending.done_s, sending.status, sending.body, sending.noticed_s)
+    return [Reply(*row) for row in zip(images, due_s, *columns, strict=True)]
 
 
 def predict_head(
@@ -240,7 +230,7 @@ class _Sending:
         self, due_s: Sequence[float], messages: Sequence[tuple[bytes, bytes]], max_connections: int
     ) -> None:
         n = len(due_s)
-        self.sent_s, self.done_s = [math.nan] * n, [math.nan] * n
+        self.noticed_s, self.sent_s, self.done_s = [math.nan] * n, [math.nan] * n, [math.nan] * n
         self.status, self.body = [0] * n, [b""] * n
         self._due_s, self._messages, self._max_connections = due_s, messages, max_connections
         self._loop = asyncio.get_running_loop()
@@ -315,6 +305,7 @@ class _Sending:
             return
         now_s = self.now_s()
         while self._n_due < len(self._due_s) and self._due_s[self._n_due] <= now_s:
+            self.noticed_s[self._n_due] = now_s
             self._waiting.append(self._n_due)
             self._n_due += 1
         self._send_waiting()

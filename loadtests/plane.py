@@ -50,7 +50,11 @@ N_SATURATING_CONNECTIONS = 16
 
 @contextlib.contextmanager
 def serving(
-    policy: str, artifact: Path, log: Path, settings: Mapping[str, str] = MappingProxyType({})
+    policy: str,
+    artifact: Path,
+    log: Path,
+    settings: Mapping[str, str] = MappingProxyType({}),
+    limit_s: float = START_LIMIT_S,
 ) -> Iterator[Server]:
     """Start the service with this policy and these settings, and stop it at the end.
 
@@ -70,7 +74,7 @@ def serving(
         environment={**own, **settings},
         log=log,
         is_ready=lambda url: hosting.answers(f"{url}/healthz/ready"),
-        limit_s=START_LIMIT_S,
+        limit_s=limit_s,
     ) as server:
         yield server
 
@@ -164,7 +168,7 @@ def record(
             ]
         ),
         claims_met=np.array([answer is not None and answer.deadline_met for answer in answers]),
-        lag_s=openloop.own_lag_s(replies, N_CONNECTIONS),
+        lag_s=np.nan_to_num(np.array([reply.own_lag_s for reply in replies]), nan=0.0),
     )
 
 

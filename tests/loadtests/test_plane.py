@@ -64,10 +64,32 @@ def test_every_policy_serves_the_same_requests(tmp_path: Path, capsys: pytest.Ca
     assert "fixed-deep" in capsys.readouterr().out
 
 
+REFUSING = """
+import http.server, sys
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(503)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+http.server.ThreadingHTTPServer.request_queue_size = 64
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Refusing).serve_forever()
+"""
+
+
 def test_a_server_without_an_answer_has_no_capacity(tmp_path: Path) -> None:
     port = hosting.free_port()
     refusing = hosting.hosting(
-        [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"],  # 501 for each POST
+        [sys.executable, "-c", REFUSING, str(port)],
         port,
         environment={},
         log=tmp_path / "log",
