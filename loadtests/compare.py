@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import os
 import platform
 import random
@@ -317,9 +318,13 @@ def _matrix(points: Sequence[Point], figure: str) -> str:
     lines = [f"| server | {' | '.join(panels)} |", f"|---|{'---:|' * len(panels)}"]
     for server in dict.fromkeys(point.policy for point in points):
         cells = [by_place.get((server, panel)) for panel in panels]
-        texts = [f"{100 * cell[0]:.1f} ± {100 * cell[1]:.1f}" if cell else "" for cell in cells]
+        texts = [_percent(*cell) if cell else "" for cell in cells]
         lines.append(f"| {server} | {' | '.join(texts)} |")
     return "\n".join([*lines, ""])
+
+
+def _percent(mean: float, half: float) -> str:
+    return f"{100 * mean:.1f}" + ("" if math.isnan(half) else f" ± {100 * half:.1f}")
 
 
 def _provenance(head: Row, rows: Sequence[Row]) -> str:
