@@ -107,6 +107,7 @@ class Simulation:
         outcomes: What each combination answers for each picture.
         n_replicas: How many.
         balance: One of `BALANCES`.
+        slowed: How many times longer than elsewhere runs take on the first replica; nobody is told.
         seed: For run times and the balancer.
     """
 
@@ -119,8 +120,10 @@ class Simulation:
         *,
         n_replicas: int = 1,
         balance: str = "power-of-two",
+        slowed: float = 1.0,
         seed: int = 0,
     ) -> None:
+        self._slowed = slowed
         self._policy, self._machine, self._ladder = policy, machine, ladder
         self._confidence = {columns: list(map(float, c)) for columns, c in outcomes.confidence.items()}
         self._is_correct = outcomes.is_correct
@@ -189,7 +192,8 @@ class Simulation:
         n = len(plan.batch)
         replica.column, replica.batch, replica.started_s = plan.column, plan.batch, now_s
         replica.busy_until_s = now_s + replica.profile.latency(plan.column, n).likely_s
-        end_s = now_s + self._run_s(self._machine.profile.latency(plan.column, n))
+        factor = self._slowed if place == 0 else 1.0
+        end_s = now_s + factor * self._run_s(self._machine.profile.latency(plan.column, n))
         heapq.heappush(self._ends, (end_s, replica.n, place))
         replica.n += 1
 
@@ -326,6 +330,7 @@ def compare(
     *,
     n_replicas: int,
     balance: str,
+    slowed: float = 1.0,
 ) -> tuple[dict[PolicyName, list[records.Summary]], list[Bound]]:
     """Play each of these series of requests with each policy; and what the oracle says of each."""
     summaries = {
@@ -338,6 +343,7 @@ def compare(
                     outcomes,
                     n_replicas=n_replicas,
                     balance=balance,
+                    slowed=slowed,
                     seed=seed,
                 ).run(series)
             )
@@ -393,6 +399,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 series,
                 n_replicas=chosen.replicas,
                 balance=chosen.balance,
+                slowed=chosen.slowed,
             )
             took_s = time.perf_counter() - started_s
             for policy, runs in summaries.items():
@@ -438,6 +445,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=5, help="runs of each, every time with other requests")
     parser.add_argument("--replicas", type=int, default=1, help="servers behind a load balancer")
     parser.add_argument("--balance", choices=BALANCES, default="power-of-two", help="how it chooses one")
+    parser.add_argument("--slowed", type=float, default=1.0, help="runs on the first replica take so long")
     parser.add_argument("--stalls", type=float, default=0.0, help="share of runs that take 50 times as long")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write PATH.md and PATH.svg")

@@ -70,6 +70,18 @@ def test_every_request_ends_once_and_every_run_is_the_same_again(policy: PolicyN
     assert (record.latency_s == play(policy, arrivals).latency_s)[record.outcome == "answered"].all()
 
 
+def test_in_turn_is_best_among_equals_and_the_less_busy_of_two_beside_a_slow_one() -> None:
+    def attainment(balance: str, slowed: float) -> float:
+        arrivals = requests(0.6 * 8, n=12_000)
+        return records.summary(
+            play("anytime", arrivals, n_replicas=8, balance=balance, slowed=slowed)
+        ).attainment
+
+    assert attainment("round-robin", 1) > attainment("power-of-two", 1) > attainment("random", 1)
+    assert attainment("power-of-two", 10) > attainment("round-robin", 10)
+    assert attainment("round-robin", 10) < attainment("round-robin", 1)
+
+
 @pytest.mark.parametrize("balance", BALANCES)
 def test_more_replicas_answer_more(balance: str) -> None:
     arrivals = requests(3.0)
