@@ -188,7 +188,7 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", metavar="S", dest="profile_seconds", help="time for all of it; more is steadier (3)"
     )
-    parser.add_argument("--provider", metavar="NAME", help="auto, cpu or cuda (auto)")
+    parser.add_argument("--provider", metavar="NAME", help="auto, cpu, cuda or tensorrt (auto)")
     parser.add_argument("--json", action="store_true", help="print what GET /model has as latency_ms")
 
 

@@ -162,6 +162,11 @@ class Service:
             self._settings, self._repository, self._access, self._room, self._journal, self._clock
         )
 
+    @property
+    def broken(self) -> str:
+        """Why this process cannot go on; empty as long as it can."""
+        return self._repository.broken
+
     async def drain(self) -> None:
         """Take no more requests and settle those that are here, bounded by the setting `drain_timeout_s`."""
         await self._repository.drain()

@@ -23,9 +23,11 @@ from numpy.typing import NDArray
 
 from service import scheduling
 from service.errors import Outcome, Reason, Rejected, Stopped
+from service.health import Health
 from service.inference import Inference
 from service.ladder import Ladder
 from service.latency import LiveProfile, Reserve
+from service.providers import DeviceLost
 from service.scheduling import Policy, StoppedBy
 from service.waiting import Queue, Ticket, TrafficMonitor, ready_by
 
@@ -99,6 +101,9 @@ class Processor(Protocol):
         The future holds logits_NK, one finite row per image in the same order, or what the run raised.
         """
 
+    def start_blank(self, column: str) -> asyncio.Future[NDArray[np.float32]]:
+        """Begin a run on one black picture, for nobody; otherwise as `start`."""
+
     def combine(
         self, columns_run: tuple[str, ...], logits_K: Sequence[NDArray[np.float32]]
     ) -> NDArray[np.float32]:
@@ -140,6 +145,10 @@ class InferenceThread:
         except Exception as error:  # noqa: BLE001 - whoever waits for the run is told
             done.set_exception(error)
         return done
+
+    def start_blank(self, column: str) -> asyncio.Future[NDArray[np.float32]]:
+        """Begin a run on one black picture in the thread."""
+        return self._submit(partial(self._inference.run_blank, column))
 
     async def warm_up(self, batch_sizes: Sequence[int]) -> None:
         """`Inference.warm_up` in the thread that will serve.
@@ -206,7 +215,7 @@ class Request(Ticket):
 
 @dataclass(frozen=True, slots=True)
 class _Running:
-    """A run in progress."""
+    """A run in progress; one without a batch is on a blank picture, for nobody."""
 
     id: int
     column: str
@@ -235,8 +244,14 @@ class Engine:
             run that did not fail.
         observe_failed_run: Told the column of every run that did fail.
         observe_saved: Told the predicted time of the columns that a caller who left will not need [s].
+        observe_broken: Told, once, why no run will succeed any more; nobody is taken in from then on.
+        health: Judges that by the runs that fail.
         reserve: Kept free of every budget for building and writing the answer [s]; learns from every answer.
         brief_s: A run predicted to take no longer is not handed over to a thread [s].
+        keep_warm_s: The shallowest column runs on a blank picture when nothing has run for so long [s]; 0:
+            never. Nothing is learnt from it and no metric counts it. Whoever comes meanwhile waits for it,
+            and is taken in or refused with that in mind, as if it were anybody's run.
+        run_timeout_s: A run that has not ended by then never will [s].
         max_waiting: Requests in here at once. One that has an answer makes room for one that has none.
         jitter: A factor for each retry time, so that rejected callers do not all return at once.
     """
@@ -254,8 +269,12 @@ class Engine:
         observe_run: Callable[[str, int, float, float], None],
         observe_failed_run: Callable[[str], None],
         observe_saved: Callable[[float], None],
+        observe_broken: Callable[[str], None],
+        health: Health,
         reserve: Reserve,
         brief_s: float,
+        keep_warm_s: float,
+        run_timeout_s: float,
         max_waiting: int,
         jitter: Callable[[], float],
     ) -> None:
@@ -269,8 +288,12 @@ class Engine:
         self._observe_run = observe_run
         self._observe_failed_run = observe_failed_run
         self._observe_saved = observe_saved
+        self._observe_broken = observe_broken
+        self._health = health
         self._reserve = reserve
         self._brief_s = brief_s
+        self._keep_warm_s = keep_warm_s
+        self._run_timeout_s = run_timeout_s
         self._max_waiting = max_waiting
         self._jitter = jitter
         self._queue: Queue[Request] = Queue(ladder)
@@ -282,9 +305,13 @@ class Engine:
         self._is_stopping = False
         self._n_changes = 0
         self._is_advance_due = False
-        self._learnt_s = clock()
+        self._learnt_s = self._rests_since_s = clock()
         self._judged: tuple[float, int] | None = None
         self._judged_until_s = 0.0
+        self._watching: Cancellable | None = None
+        self._warming: Cancellable | None = None
+        if keep_warm_s:
+            self._keep_warm()
 
     @property
     def is_stopping(self) -> bool:
@@ -476,6 +503,8 @@ class Engine:
             timeout_s: How long to wait for the run in progress. After it, its requests count as waiting.
         """
         self._is_stopping = True
+        for timer in filter(None, (self._warming, self._watching)):
+            timer.cancel()
         self._advance()
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
@@ -492,9 +521,14 @@ class Engine:
                 self._settle_with_what_there_is(request, "stopped")
         self._n_changes += 1
         self._is_advance_due = False
-        if self._running or not self._queue:
+        if self._running:
             return
         now_s = self._clock()
+        if (suspect := self._health.suspect) and not self._is_stopping:
+            self._start(suspect, (), now_s)
+            return
+        if not self._queue:
+            return
         try:
             plan = self._policy.plan(
                 self._queue, now_s, self._profile, self._ladder, self._traffic.traffic(now_s)
@@ -519,18 +553,55 @@ class Engine:
             self._n_runs, column, batch, predicted.median_s, now_s, now_s + predicted.likely_s
         )
         self._idle.clear()
-        images_HWC = [request.image_HWC for request in batch]
-        # With others waiting, the thread runs them while the event loop reads and answers.
-        is_brief = predicted.median_s <= self._brief_s and not self._queue.unanswered
-        done = self._processor.start(column, images_HWC, is_brief=is_brief)
+        if self._watching is None:
+            self._watching = self._call_at(now_s + self._run_timeout_s, self._watch)
+        if batch:
+            images_HWC = [request.image_HWC for request in batch]
+            # With others waiting, the thread runs them while the event loop reads and answers.
+            is_brief = predicted.median_s <= self._brief_s and not self._queue.unanswered
+            done = self._processor.start(column, images_HWC, is_brief=is_brief)
+        else:
+            done = self._processor.start_blank(column)
         done.add_done_callback(partial(self._finish, self._running))
+
+    def _keep_warm(self) -> None:
+        """Run something, if nothing has run for a while; and come back."""
+        if self._is_stopping:
+            return
+        now_s = self._clock()
+        next_s = self._rests_since_s + self._keep_warm_s
+        if self._running or self._queue:
+            next_s = now_s + self._keep_warm_s
+        elif now_s >= next_s:
+            self._start(self._ladder.shallowest, (), now_s)
+            next_s = now_s + self._keep_warm_s
+        self._warming = self._call_at(next_s, self._keep_warm)
+
+    def _watch(self) -> None:
+        """See whether a run hangs. One timer for many runs: each would cost a caller its share."""
+        self._watching = None
+        if self._running is None:
+            return
+        now_s, until_s = self._clock(), self._running.started_s + self._run_timeout_s
+        if now_s < until_s:
+            self._watching = self._call_at(until_s, self._watch)
+            return
+        self._break(f"a run of column {self._running.column} has not ended for {self._run_timeout_s:g} s")
+        self._advance()
+
+    def _break(self, why: str) -> None:
+        """Take nobody in any more: no run will succeed."""
+        if not self._is_stopping:
+            self._is_stopping = True
+            self._observe_broken(why)
 
     def _finish(self, run: _Running, done: asyncio.Future[NDArray[np.float32]]) -> None:
         """Take in the end of a run, good or bad, and go on."""
         now_s = self._clock()
         elapsed_s = now_s - run.started_s
         self._running = None
-        self._learnt_s = now_s
+        self._rests_since_s = now_s
+        self._learnt_s = now_s if run.batch else self._learnt_s
         self._idle.set()
         alone = self._profile.latency(run.column, 1).median_s
         together = self._profile.latency(run.column, len(run.batch)).median_s
@@ -544,18 +615,23 @@ class Engine:
             request.waiting_since_s = now_s
         try:
             # All pairs before the first is used: rows of a result that is too short may be anyone's.
-            for request, logits_K in list(zip(run.batch, done.result(), strict=True)):
-                if not request.settled.done():
-                    self._take_in(request, run.column, logits_K)
-            ratio = self._profile.observe(run.column, len(run.batch), elapsed_s)
-            self._observe_run(run.column, len(run.batch), elapsed_s, ratio)
-        except (Exception, asyncio.CancelledError):  # whatever a run raises fails this run alone
+            logits_NK = done.result()
+            if run.batch:
+                for request, logits_K in list(zip(run.batch, logits_NK, strict=True)):
+                    if not request.settled.done():
+                        self._take_in(request, run.column, logits_K)
+                ratio = self._profile.observe(run.column, len(run.batch), elapsed_s)
+                self._observe_run(run.column, len(run.batch), elapsed_s, ratio)
+            self._health.succeeded(run.column)
+        except (Exception, asyncio.CancelledError) as error:  # whatever a run raises fails this run alone
             logger.exception(
                 "Run %d, of column %s for %d images, failed.", run.id, run.column, len(run.batch)
             )
             self._observe_failed_run(run.column)
             for request in run.batch:
                 self._settle_with_what_there_is(request, "failed", "load")
+            if why := self._health.failed(run.column, error, is_final=isinstance(error, DeviceLost)):
+                self._break(why)
         self._advance()
 
     def _take_in(self, request: Request, column: str, logits_K: NDArray[np.float32]) -> None:

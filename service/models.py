@@ -29,6 +29,7 @@ from service import inference, profiling, providers
 from service.decoding import Decoder
 from service.engine import Cancellable, Engine, InferenceThread, Request, Served
 from service.errors import CallerGone, Expired, Failed, OutOfRange, Stopped
+from service.health import Health
 from service.inference import Inference, Manifest, ProviderUnavailable
 from service.latency import LatencyProfile, LiveProfile, Reserve
 from service.metrics import Metrics, RunTime
@@ -41,6 +42,10 @@ logger = logging.getLogger(__name__)
 
 Gone = Callable[[Callable[[], None]], AbstractContextManager[None]]
 """Within the context that it gives, it calls back when the caller has gone."""
+
+KEEP_WARM_S = 0.1
+"""The setting `keep_warm_ms` where it is empty and a GPU is used. Small convolutional networks were seen to
+take many times longer after pauses of 0.2 s (onnxruntime #16135, #13366). Not yet tuned."""
 
 NICENESS = 10
 """Of what loads an artifact beside serving: it must not take a core from those who serve."""
@@ -107,12 +112,13 @@ class Model:
         self.profile = profile
         self.card = orjson.dumps(_card(settings, inference, profile))
 
-    def open(self, metrics: Metrics, decode_threads: Executor) -> None:
+    def open(self, metrics: Metrics, decode_threads: Executor, observe_broken: Callable[[str], None]) -> None:
         """Take requests from now on; in the event loop that serves them.
 
         Args:
             metrics: Told of every run.
             decode_threads: Decode large pictures.
+            observe_broken: Told why no run of this model will succeed any more.
         """
         loop, clock = asyncio.get_running_loop(), self._clock
 
@@ -144,12 +150,16 @@ class Model:
             observe_run=metrics.observe_run,
             observe_failed_run=metrics.observe_failed_run,
             observe_saved=metrics.observe_saved,
+            observe_broken=observe_broken,
+            health=Health(self._settings.failed_runs_until_restart),
             reserve=Reserve(
                 self._settings.overhead_reserve_ms / 1e3,
                 least_s=self._settings.write_reserve_ms / 1e3,
                 most_s=self._settings.max_overhead_reserve_ms / 1e3,
             ),
             brief_s=self._settings.brief_run_ms / 1e3 if self.provider == "cpu" else 0.0,
+            keep_warm_s=_keep_warm_s(self._settings, self._inference),
+            run_timeout_s=self._settings.run_timeout_s,
             max_waiting=self._settings.max_waiting,
             jitter=lambda: random.uniform(1.0, 1.5),  # noqa: S311 - spreads callers, guards nothing
         )
@@ -470,6 +480,12 @@ def _log(settings: Settings, loaded: Inference, profile: LatencyProfile) -> None
             *(rung.column, rung.accuracy * 100, latency.median_s * 1e3),
             *(settings.profile_quantile * 100, latency.high_s * 1e3),
         )
+
+
+def _keep_warm_s(settings: Settings, loaded: Inference) -> float:
+    if settings.keep_warm_ms is None:
+        return KEEP_WARM_S if loaded.gpu else 0.0
+    return settings.keep_warm_ms / 1e3
 
 
 def _stand_back() -> None:

@@ -61,6 +61,8 @@ class Repository:
         self._changing = asyncio.Lock()
         self._changes: set[asyncio.Task[None]] = set()
         self._is_stopping = False
+        self.broken = ""
+        """Why this process cannot go on; empty as long as it can."""
         self._decode_threads = ThreadPoolExecutor(settings.decode_threads, "decode")
         self.metrics = Metrics(
             batch_sizes=settings.batch_sizes,
@@ -99,7 +101,7 @@ class Repository:
     def is_ready(self) -> bool:
         """Whether requests that name no model are taken."""
         current = self._current.get(self._default_name)
-        return bool(current and current.is_ready and not self._is_stopping)
+        return bool(current and current.is_ready and not (self._is_stopping or self.broken))
 
     def model(self, name: str = "", version: str = "") -> Model:
         """The model that answers.
@@ -178,6 +180,11 @@ class Repository:
             Stopped: the server is stopping.
         """
         await self._in_background(self._unload(name, version))
+
+    def _break(self, why: str) -> None:
+        """Be ready for nobody: what runs one model runs all of them."""
+        self.broken = why
+        logger.critical("This process cannot go on: %s", why)
 
     async def drain(self) -> None:
         """Take no more requests and settle those that are here, bounded by the setting `drain_timeout_s`."""
@@ -275,7 +282,7 @@ class Repository:
                     self.metrics.remove_model(model.name, model.version)
 
     def _open(self, model: Model) -> None:
-        model.open(self.metrics, self._decode_threads)
+        model.open(self.metrics, self._decode_threads, self._break)
         self.metrics.add_model(
             model.name,
             model.version,

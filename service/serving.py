@@ -17,12 +17,17 @@ from service import logs, repository, settings
 from service.api import Service
 from service.inference import ArtifactError
 from service.protocol import allow_open_files, connection_options
+from service.repository import Repository
 from service.settings import Settings, SettingsError
 
 logger = logging.getLogger("service")
 
 BACKLOG = 2048
 """Connections that wait to be accepted; beyond it the system turns callers away."""
+
+BROKEN = 70
+"""Exit status when no run will succeed any more, so that a supervisor starts the server anew.
+Source: sysexits.h, EX_SOFTWARE."""
 
 WRITE_GRACE_S = 1.0
 """For gRPC to hand over answers that have been settled."""
@@ -64,6 +69,10 @@ class Server(uvicorn.Server):
             )
         logger.info("Ready at %s (documentation at %s/docs). Try:", url, url)
         logger.info("  curl -F image=@picture.jpg '%s/predict?budget_ms=%g'", url, chosen.default_budget_ms)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether it is time to stop; asked ten times a second."""
+        return await super().on_tick(counter) or bool(self._app.broken)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Settle every request, then close the connections."""
@@ -122,15 +131,31 @@ def serve(arguments: Sequence[str]) -> int:
         # Read when that is imported: gRPC's core writes of every odd connection, past all loggers.
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         allow_open_files(chosen)
-        app = Service(chosen, asyncio.run(repository.prepare(chosen)))
-        server = Server(chosen, app, http_config(chosen, app))
-        listener = listen(chosen)
-        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down
-            server.run(sockets=[listener])
+        return run(chosen, asyncio.run(repository.prepare(chosen)))
     except (SettingsError, ArtifactError) as error:
         if logs.is_json():
             logger.critical("%s", error)
         else:
             print(f"service: {error}", file=sys.stderr)
         return 2
+
+
+def run(chosen: Settings, models: Repository) -> int:
+    """Serve these models until told to stop, or until they are broken; returns the exit status.
+
+    Where a GPU is lost the process ends in here: Python would take its sessions apart, which aborts it with a
+    status that says nothing.
+
+    Raises:
+        SettingsError: the address cannot be listened on, or the files for TLS cannot be used.
+    """
+    app = Service(chosen, models)
+    server = Server(chosen, app, http_config(chosen, app))
+    listener = listen(chosen)
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down
+        server.run(sockets=[listener])
+    if app.broken:
+        logger.critical("Ended with status %d, to be started anew: %s", BROKEN, app.broken)
+        logging.shutdown()
+        os._exit(BROKEN)
     return 0

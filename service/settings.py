@@ -372,6 +372,13 @@ class Settings(BaseSettings):
         description="Folder for what TensorRT has built, which takes tens of seconds for each column; empty: "
         "it is built at every start.",
     )
+    keep_warm_ms: float | None = Field(
+        None,
+        ge=0,
+        description="Run the shallowest column on a blank picture when nothing has run for so long: a GPU "
+        "that rests answers many times slower. Smaller: warmer, more power; 0: never; empty: 100 on a GPU, "
+        "never on a CPU.",
+    )
     intra_op_threads: int = Field(
         1,
         ge=1,
@@ -406,6 +413,19 @@ class Settings(BaseSettings):
         default_factory=platform_cache,
         description="Folder for measured latencies, so that a restart need not measure again; empty "
         "disables it.",
+    )
+    failed_runs_until_restart: int = Field(
+        3,
+        ge=1,
+        description="Failed runs of one column in a row after which, if a blank picture fails, too, the "
+        "server ends with status 70, to be started anew; of what CUDA calls final, one is enough. Larger: "
+        "more requests fail before that.",
+    )
+    run_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        description="How long one run may take before the server ends as above. Larger: one that hangs is "
+        "noticed later; smaller: a slow one may be taken for it.",
     )
     drain_timeout_s: float = Field(
         5.0,
@@ -471,7 +491,7 @@ class Settings(BaseSettings):
 
     @field_validator(
         *("grpc_port", "profile_cache", "model_repository", "api_keys_file", "admin_keys_file"),
-        "tensorrt_cache",
+        *("tensorrt_cache", "keep_warm_ms"),
         *("tls_certificate", "tls_key", "tls_client_ca"),
         mode="before",
     )

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Result = TypeVar("Result")
-Behaviour = Literal["good", "raises", "short"]
+Behaviour = Literal["good", "raises", "short", "hangs"] | Exception
 
 N_CLASSES = 256
 
@@ -64,7 +64,8 @@ class FakeProcessor:
 
     Args:
         duration_s: By column and number of images.
-        behaviours: How the runs behave, one after the other; those after the last are good.
+        behaviours: How the runs behave, one after the other; those after the last are good. An exception is
+            what the run raises.
 
     A brief run is over on return, and the loop has stood still for it; `n_brief` counts them.
     """
@@ -79,10 +80,17 @@ class FakeProcessor:
     def start(
         self, column: str, images_HWC: Sequence[NDArray[np.uint8]], *, is_brief: bool = False
     ) -> asyncio.Future[NDArray[np.float32]]:
+        return self._begin(column, tuple(int(image[0, 0, 0]) for image in images_HWC), is_brief=is_brief)
+
+    def start_blank(self, column: str) -> asyncio.Future[NDArray[np.float32]]:
+        return self._begin(column, ())
+
+    def _begin(
+        self, column: str, identities: tuple[int, ...], *, is_brief: bool = False
+    ) -> asyncio.Future[NDArray[np.float32]]:
         assert not self.is_running, "the engine must not start a run while another is in progress"
         self.is_running = True
         loop = asyncio.get_running_loop()
-        identities = tuple(int(image[0, 0, 0]) for image in images_HWC)
         self.runs.append((loop.time(), column, identities))
         behaviour = self._behaviours.pop(0) if self._behaviours else "good"
         done: asyncio.Future[NDArray[np.float32]] = loop.create_future()
@@ -91,12 +99,16 @@ class FakeProcessor:
             self.is_running = False
             if behaviour == "raises":
                 done.set_exception(RuntimeError("this run was told to fail"))
+            elif isinstance(behaviour, Exception):
+                done.set_exception(behaviour)
             else:
                 logits_NK = np.zeros((len(identities), N_CLASSES), np.float32)
                 logits_NK[range(len(identities)), identities] = 5.0 + int(column)
                 done.set_result(logits_NK[1:] if behaviour == "short" else logits_NK)
 
-        duration_s = self._duration_s(column, len(identities))
+        duration_s = self._duration_s(column, max(1, len(identities)))
+        if behaviour == "hangs":
+            return done
         if is_brief:
             assert isinstance(loop, VirtualLoop)
             self.n_brief += 1

@@ -34,8 +34,8 @@ SKELETON = {
         *("api", "streaming", "page", "exchange", "oip", "oip_http", "oip_grpc", "oip_pb2"),
         *("protocol", "access", "repository", "models", "profiling", "engine"),
         *("logs", "tracing", "record"),
-        *("inference", "providers", "metrics", "errors", "settings", "decoding", "gpu", "series"),
-        *("policies", "scheduling", "waiting", "ladder", "latency"),
+        *("inference", "providers", "metrics", "errors", "health", "settings", "decoding", "gpu", "series"),
+        *("policies", "scheduling", "waiting", "wire", "ladder", "latency"),
     ),
 }
 PURE = ("policies", "scheduling", "waiting", "ladder", "latency")

@@ -125,11 +125,12 @@ class Launcher:
         *,
         inference: Inference | None = None,
         profile: LatencyProfile | None = None,
+        model: Model | None = None,
         **settings: Any,
     ) -> Running:
         chosen = Settings(_env_file=None, **{"profile_cache": None, "grpc_port": None, **settings})
         served = inference or self.inference
-        model = Model(chosen, served, InferenceThread(served), profile or profile_of(1e-5))
+        model = model or Model(chosen, served, InferenceThread(served), profile or profile_of(1e-5))
         repository = Repository(chosen, model)
         service = Service(chosen, repository)
         listener = socket.create_server(("127.0.0.1", 0))

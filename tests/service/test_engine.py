@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 
 from service.engine import Engine, InferenceThread, Request, Served
 from service.errors import Problem, Rejected, Stopped
+from service.health import Health
 from service.inference import Inference
 from service.ladder import Ladder
 from service.latency import Latency, LatencyProfile, LiveProfile, Reserve
 from service.policies import POLICY_NAMES, PolicyName, named
+from service.providers import DeviceLost
 from service.scheduling import Admission, Anytime, Plan, Policy
 from service.waiting import NO_TRAFFIC, Queue, TicketT, Traffic
 from tests.fakes import ACCURACY, Behaviour, FakeProcessor, picture, run_in_virtual_time
@@ -28,6 +30,8 @@ from tests.service.conftest import BlockedSession
 COST_S = {"1": 0.001, "2": 0.003, "3": 0.008}
 RESERVE_S = 0.0005
 SIZES = (1, 2, 4)
+N_FAILURES = 3
+RUN_TIMEOUT_S = 10.0
 
 
 def as_measured(column: str, n_images: int) -> float:
@@ -97,6 +101,7 @@ class Bench:
         profile: LiveProfile | None = None,
         policy: Policy | None = None,
         brief_s: float = 0.0,
+        keep_warm_s: float = 0.0,
         max_waiting: int = 100,
         jitter: float = 1.0,
     ) -> None:
@@ -107,6 +112,7 @@ class Bench:
         self.observed: list[tuple[str, int, float, float]] = []
         self.failed_runs: list[str] = []
         self.saved_s: list[float] = []
+        self.broken: list[str] = []
         self.engine = Engine(
             self.processor,
             policy or Anytime(),
@@ -118,8 +124,12 @@ class Bench:
             observe_run=lambda *run: self.observed.append(run),
             observe_failed_run=self.failed_runs.append,
             observe_saved=self.saved_s.append,
+            observe_broken=self.broken.append,
+            health=Health(N_FAILURES),
             reserve=Reserve(RESERVE_S, least_s=1e-4, most_s=5e-3),
             brief_s=brief_s,
+            keep_warm_s=keep_warm_s,
+            run_timeout_s=RUN_TIMEOUT_S,
             max_waiting=max_waiting,
             jitter=lambda: jitter,
         )
@@ -756,7 +766,12 @@ arrivals = st.lists(
     ),
     max_size=25,
 )
-behaviours = st.lists(st.sampled_from(["good", "good", "good", "raises", "short"]), max_size=30).map(tuple)
+FAILS: Behaviour = "raises"
+LOST = DeviceLost("CUDA failure 700: an illegal memory access was encountered")
+behaviours = st.lists(
+    st.sampled_from([*["good"] * 12, *["raises"] * 3, *["short"] * 3, LOST]), max_size=30
+).map(tuple)
+keep_warm = st.sampled_from([0.0, 0.002])
 slowness = st.lists(st.sampled_from([0.5, 1.0, 1.0, 1.0, 3.0, 20.0]), min_size=1, max_size=10)
 
 
@@ -777,6 +792,7 @@ async def play(
     policy: PolicyName = "anytime",
     learning: type[LiveProfile] = LiveProfile,
     brief_s: float = 0.0,
+    keep_warm_s: float = 0.0,
 ) -> Story:
     factors = iter(slowness * 1000)
     bench = Bench(
@@ -785,6 +801,7 @@ async def play(
         duration_s=lambda column, n: as_measured(column, n) * next(factors),
         behaviours=behaviours,
         brief_s=brief_s,
+        keep_warm_s=keep_warm_s,
         max_waiting=10,
     )
     story = Story(bench, {}, {})
@@ -814,16 +831,19 @@ async def play(
 
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)
-@given(arrivals, behaviours, slowness, st.none() | milliseconds)
+@given(arrivals, behaviours, slowness, st.none() | milliseconds, keep_warm)
 def test_laws_hold_whatever_happens(
     policy: PolicyName,
     callers: list[Arrival],
     behaviours: tuple[Behaviour, ...],
     slowness: list[float],
     stop_after_s: float | None,
+    keep_warm_s: float,
 ) -> None:
     async def test() -> None:
-        story = await play(callers, behaviours, slowness, stop_after_s, policy=policy)
+        story = await play(
+            callers, behaviours, slowness, stop_after_s, policy=policy, keep_warm_s=keep_warm_s
+        )
         ran = {identity for _, _, identities in story.bench.processor.runs for identity in identities}
 
         # Everyone is settled exactly once, and nobody is left inside.
@@ -877,17 +897,17 @@ def test_laws_hold_with_brief_runs_too(
     run_in_virtual_time(test)
 
 
-@given(arrivals)
+@given(arrivals, keep_warm)
 def test_law_whoever_is_admitted_is_answered_in_time_when_runs_take_what_was_predicted(
-    callers: list[Arrival],
+    callers: list[Arrival], keep_warm_s: float
 ) -> None:
-    """The promise of column 1 holds."""
+    """The promise of column 1 holds, for whoever comes while a run keeps the processor warm, too."""
 
     async def test() -> None:
         # Odd budgets, so that no run ends at the very moment of a deadline: which of them then comes first
         # is up to rounding.
         staying = [Arrival(c.after_s, c.budget_s + 3e-5, None, c.min_confidence) for c in callers]
-        story = await play(staying, (), [1.0], None, learning=Still)
+        story = await play(staying, (), [1.0], None, learning=Still, keep_warm_s=keep_warm_s)
         for served in story.served.values():
             assert served.outcome == "answered"
             assert served.settled_s <= served.deadline_s - RESERVE_S + 1e-9
@@ -905,6 +925,177 @@ def test_law_an_idle_server_leaves_no_accuracy_on_the_table(budget_s: float) -> 
         assert served.stopped_by in {"budget", "deepest"}
 
     run_in_virtual_time(test)
+
+
+# ---- kept warm ----
+
+
+def blank_runs_s(bench: Bench) -> list[float]:
+    """When runs on blank pictures began."""
+    assert {column for _, column, batch in bench.processor.runs if not batch} <= {"1"}
+    return [started_s for started_s, _, batch in bench.processor.runs if not batch]
+
+
+@in_virtual_time
+async def test_an_idle_processor_is_kept_warm_by_the_shallowest_column() -> None:
+    bench = Bench(keep_warm_s=0.1)
+    await asyncio.sleep(0.35)
+    assert blank_runs_s(bench) == pytest.approx([0.1, 0.201, 0.302])
+
+
+@in_virtual_time
+async def test_a_processor_that_works_is_not() -> None:
+    bench = Bench(keep_warm_s=0.1)
+    for _ in range(6):
+        await asyncio.sleep(0.06)
+        await bench.submit(1, 0.050).settled
+    assert blank_runs_s(bench) == []
+    rested_since_s = bench.now()
+    await asyncio.sleep(0.15)
+    assert blank_runs_s(bench) == pytest.approx([rested_since_s + 0.1])
+
+
+@in_virtual_time
+async def test_without_the_setting_nothing_runs_for_nobody() -> None:
+    bench = Bench()
+    await asyncio.sleep(10)
+    assert bench.processor.runs == []
+
+
+@in_virtual_time
+async def test_whoever_comes_while_it_is_kept_warm_waits_for_that_run_alone() -> None:
+    bench = Bench(keep_warm_s=0.1)
+    await asyncio.sleep(0.1004)
+    assert bench.processor.is_running
+    request = bench.submit(1, 0.050)
+    served = await request.settled
+    assert served.columns_run == ("1", "2", "3")
+    assert served.queue_s == pytest.approx(0.0006)
+    assert len(blank_runs_s(bench)) == 1
+
+
+@in_virtual_time
+async def test_whoever_cannot_wait_for_that_run_is_refused_at_once() -> None:
+    bench = Bench(keep_warm_s=0.1)
+    await asyncio.sleep(0.1004)
+    with pytest.raises(Rejected):
+        bench.submit(1, 0.0006 + 0.001 + RESERVE_S - 1e-5)
+    assert (await bench.submit(2, 0.0006 + 0.001 + RESERVE_S + 1e-5).settled).outcome == "answered"
+
+
+@in_virtual_time
+async def test_what_keeps_it_warm_is_counted_nowhere_and_teaches_nothing() -> None:
+    bench = Bench(keep_warm_s=0.1, duration_s=lambda *_: 0.040)
+    await asyncio.sleep(1)
+    assert len(blank_runs_s(bench)) > 3
+    assert (bench.observed, bench.profile.slowdown) == ([], 1.0)
+
+
+@in_virtual_time
+async def test_a_server_that_stops_is_not_kept_warm() -> None:
+    bench = Bench(keep_warm_s=0.1)
+    await asyncio.sleep(0.1004)
+    await bench.engine.stop(1.0)
+    assert bench.now() == pytest.approx(0.101)  # the run in progress ends first
+    await asyncio.sleep(1)
+    assert len(blank_runs_s(bench)) == 1
+
+
+# ---- broken ----
+
+
+@in_virtual_time
+async def test_a_lost_gpu_fails_its_run_and_turns_everybody_else_away_at_once() -> None:
+    bench = Bench(behaviours=(LOST,))
+    running, waiting = await bench.begin(1, 0.050), bench.submit(2, 0.050)
+    assert (await running.settled).outcome == "failed"
+    assert waiting.settled.result().outcome == "stopped"
+    assert bench.now() == pytest.approx(0.001)
+    with pytest.raises(Stopped):
+        bench.submit(3, 0.050)
+    assert bench.engine.is_stopping
+    assert bench.broken == [f"the GPU is lost: {LOST}"]
+    await bench.engine.stop(1.0)
+    assert (len(bench.processor.runs), len(bench.broken)) == (1, 1)
+
+
+@in_virtual_time
+async def test_a_gpu_that_is_lost_while_nobody_is_here_is_noticed() -> None:
+    bench = Bench(keep_warm_s=0.1, behaviours=("good", LOST))
+    await asyncio.sleep(0.25)
+    assert bench.broken == [f"the GPU is lost: {LOST}"]
+    await asyncio.sleep(1)
+    assert len(blank_runs_s(bench)) == 2
+
+
+@in_virtual_time
+async def test_a_column_that_fails_on_a_blank_picture_as_well_is_broken() -> None:
+    bench = Bench(behaviours=(FAILS,) * (N_FAILURES + 1))
+    for identity in range(N_FAILURES):
+        assert (await bench.submit(identity, 0.050).settled).outcome == "failed"
+        assert bench.broken == []
+    waiting = bench.submit(9, 0.050)
+    assert (await waiting.settled).outcome == "stopped"
+    assert [batch for _, _, batch in bench.processor.runs] == [(0,), (1,), (2,), ()]
+    assert bench.broken == [
+        "column 1 failed 4 times in a row, at last on a blank picture: this run was told to fail"
+    ]
+    assert bench.failed_runs == ["1"] * 4
+
+
+@in_virtual_time
+async def test_pictures_that_make_a_column_fail_break_nothing() -> None:
+    """Or whoever sends them could have the server started anew as often as he likes."""
+    bench = Bench(behaviours=(*[FAILS] * N_FAILURES, "good"))
+    for identity in range(N_FAILURES):
+        assert (await bench.submit(identity, 0.050).settled).outcome == "failed"
+    assert (await bench.submit(9, 0.050).settled).columns_run == ("1", "2", "3")
+    assert len(blank_runs_s(bench)) == 1
+    assert bench.broken == []
+
+
+@in_virtual_time
+async def test_failures_that_are_not_in_a_row_break_nothing() -> None:
+    bench = Bench(behaviours=(FAILS, FAILS, "good", "good", "good") * 5)
+    for identity in range(15):
+        await bench.submit(identity, 0.050).settled
+    assert blank_runs_s(bench) == []
+    assert bench.failed_runs == ["1"] * 10
+
+
+@in_virtual_time
+async def test_a_deeper_column_that_fails_is_tried_itself() -> None:
+    bench = Bench(behaviours=("good", FAILS) * N_FAILURES + (FAILS,))
+    for identity in range(N_FAILURES):
+        served = await bench.submit(identity, 0.050).settled
+        assert (served.outcome, served.columns_run) == ("answered", ("1",))
+    await asyncio.sleep(1)
+    assert bench.processor.runs[-1][1:] == (bench.processor.runs[1][1], ())
+    assert len(bench.broken) == 1
+
+
+@in_virtual_time
+async def test_a_run_that_hangs_breaks_the_engine() -> None:
+    bench = Bench(behaviours=("good", "good", "good", "hangs"))
+    await bench.submit(1, 0.050).settled
+    await asyncio.sleep(RUN_TIMEOUT_S * 0.9)
+    request = await bench.begin(2, 60.0)
+    began_s, waiting = bench.now(), bench.submit(3, 60.0)
+    assert (await waiting.settled).outcome == "stopped"
+    assert bench.now() == pytest.approx(began_s + RUN_TIMEOUT_S)
+    assert bench.broken == ["a run of column 1 has not ended for 10 s"]
+    await bench.engine.stop(2.0)
+    assert request.settled.result().outcome == "stopped"
+
+
+@in_virtual_time
+async def test_an_engine_that_stopped_leaves_no_timer_behind() -> None:
+    """A timer would hold a version that was replaced, and its sessions, in memory."""
+    bench = Bench(keep_warm_s=0.1)
+    await bench.submit(1, 0.050).settled
+    await bench.engine.stop(1.0)
+    loop: Any = asyncio.get_running_loop()
+    assert all(timer.cancelled() for timer in loop._scheduled)
 
 
 def test_probabilities_of_the_fake_are_probabilities() -> None:

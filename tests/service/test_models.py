@@ -10,7 +10,8 @@ import pytest
 from service import models, providers
 from service.inference import ProviderUnavailable
 from service.models import Model
-from service.settings import Settings
+from service.repository import Repository
+from service.settings import Settings, load
 from tests.service.conftest import BATCH_SIZES
 from tests.service.fake_cuda import FakeCuda, install
 
@@ -78,3 +79,37 @@ def test_settings_reach_the_gpu(cuda: FakeCuda, artifact: Path) -> None:
         "prefer_nhwc": "1",
         "use_tf32": "1",
     }
+
+
+@pytest.mark.parametrize(
+    ("provider", "chosen", "expected_s"),
+    [
+        ("cuda", None, models.KEEP_WARM_S),
+        ("cuda", 0, 0),
+        ("cuda", 5, 0.005),
+        ("cpu", None, 0),
+        ("cpu", 20, 0.02),
+    ],
+)
+def test_a_gpu_is_kept_warm_and_a_processor_only_if_that_is_asked_for(
+    cuda: FakeCuda, artifact: Path, provider: Any, chosen: float | None, expected_s: float
+) -> None:
+    async def opened() -> float:
+        settings = Settings(
+            profile_cache=None,
+            profile_seconds=0.01,
+            batch_sizes=BATCH_SIZES,
+            provider=provider,
+            keep_warm_ms=chosen,
+        )
+        model = await models.load(settings, artifact)
+        repository = Repository(settings, model)
+        async with repository.serving():
+            return model.engine._keep_warm_s
+
+    assert asyncio.run(opened()) == expected_s
+
+
+def test_an_empty_interval_is_left_to_the_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANYTIME_KEEP_WARM_MS", "")
+    assert load().keep_warm_ms is None

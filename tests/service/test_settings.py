@@ -78,10 +78,13 @@ def test_names_and_defaults_are_frozen() -> None:
         "cudnn_conv_algo_search": "heuristic",
         "use_tf32": False,
         "prefer_nhwc": False,
+        "keep_warm_ms": None,
         "brief_run_ms": 0.0,
         "batch_sizes": (1, 2, 4, 8),
         "profile_seconds": 3.0,
         "profile_quantile": 0.8,
+        "failed_runs_until_restart": 3,
+        "run_timeout_s": 30.0,
         "drain_timeout_s": 5.0,
     }
 

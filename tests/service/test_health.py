@@ -1,0 +1,31 @@
+"""Broken is what fails by itself, not what fails on what it is sent."""
+
+from service.health import Health
+
+FAILED = RuntimeError("no")
+
+
+def failed(health: Health, column: str) -> str:
+    return health.failed(column, FAILED, is_final=False)
+
+
+def test_some_failures_in_a_row_make_a_column_suspect_and_one_success_clears_it() -> None:
+    health = Health(2)
+    assert [failed(health, column) for column in ("1", "2")] == ["", ""]
+    assert health.suspect is None
+    assert failed(health, "2") == ""
+    assert health.suspect == "2"
+    health.succeeded("1")
+    assert health.suspect == "2"
+    health.succeeded("2")
+    assert health.suspect is None
+
+
+def test_a_suspect_that_fails_once_more_is_broken() -> None:
+    health = Health(2)
+    assert [failed(health, "1") for _ in range(2)] == ["", ""]
+    assert failed(health, "1") == "column 1 failed 3 times in a row, at last on a blank picture: no"
+
+
+def test_a_lost_gpu_is_broken_at_once() -> None:
+    assert Health(9).failed("1", FAILED, is_final=True) == "the GPU is lost: no"
