@@ -9,18 +9,20 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import Field, File, create_form_parser
 
+from service import containers
 from service.errors import Malformed, TooLarge, UnsupportedType
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -39,22 +41,25 @@ JPEG_SCALE_MARGIN = 4
 are block means too, so the box filter's answer hardly moves, and a 12-megapixel photograph decodes several
 times faster."""
 
-MAX_PARTS = 10_000
-"""Chunks of a PNG, or segments and stray bytes of a JPEG; a camera's 16 MB have some 2,000. Pillow takes 0.5
-to 4 us for each and holds the interpreter: a body of nothing else would keep everybody waiting."""
+TURNS: Mapping[int, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What Exif's orientations ask for."""
 
-MAX_SCANS = 64
-"""Times that a progressive JPEG paints over the whole picture; encoders write about 10. A scan may have 13
-bytes and takes 0.8 ns a pixel: 16 MB of them would keep a thread for an hour and more."""
+BLENDED_PIXELS = 1 << 17
+"""Laid on white at a time, for a millisecond."""
 
 JSON_IMAGE = re.compile(rb'\s{0,8}\{\s{0,8}"image"\s{0,8}:\s{0,8}"')
 """How the JSON with a picture begins."""
 
 MAX_FIELDS = 100
 """Of a form, one of which is the picture. Each takes 6 us, and one has 50 bytes."""
-
-JPEG_MARK = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
-"""Where a segment begins: among pixels, 255 is followed by 0 or a restart."""
 
 COUNTED_BYTES = 1 << 16
 BASE64_LENGTH = 1 << 18
@@ -66,6 +71,15 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A picture whose header has been read, its number of pixels, and its orientation as Exif has it."""
+
+    image: Image.Image
+    n_pixels: int
+    orientation: int
+
+
 class Decoder:
     """Turns request bodies into images of one size.
 
@@ -73,16 +87,26 @@ class Decoder:
         height: Of the network's input.
         width: Of the network's input.
         max_pixels: Largest picture, judged by its header.
+        max_decoded_pixels: Largest one to decode, judged by its header and by how far it can be scaled down
+            while it is decoded.
         max_values: In a body of JSON.
         threads: Decodes large pictures.
     """
 
     def __init__(
-        self, *, height: int, width: int, max_pixels: int, max_values: int, threads: Executor
+        self,
+        *,
+        height: int,
+        width: int,
+        max_pixels: int,
+        max_decoded_pixels: int,
+        max_values: int,
+        threads: Executor,
     ) -> None:
         self._height = height
         self._width = width
         self._max_pixels = max_pixels
+        self._max_decoded_pixels = max_decoded_pixels
         self._max_values = max_values
         self._threads = threads
 
@@ -100,9 +124,9 @@ class Decoder:
         if media_type == RAW_TYPE:
             return self._raw(body)
         is_small = len(body) <= INLINE_BYTES
-        picture = await self._do(is_small, lambda: self._open(media_type, content_type, body))
-        is_small = is_small and picture.width * picture.height <= INLINE_PIXELS
-        return await self._do(is_small, lambda: self._fit(picture))
+        opened = await self._do(is_small, lambda: self._open(media_type, content_type, body))
+        is_small = is_small and opened.n_pixels <= INLINE_PIXELS
+        return await self._do(is_small, lambda: self._fit(opened))
 
     def decode_raw(self, content_type: str, body: bytes) -> NDArray[np.uint8] | None:
         """As `decode`, at once, for raw pixels; None for everything else.
@@ -124,7 +148,7 @@ class Decoder:
             )
         return np.frombuffer(body, np.uint8).reshape(shape)
 
-    def _open(self, media_type: str, content_type: str, body: bytes) -> Image.Image:
+    def _open(self, media_type: str, content_type: str, body: bytes) -> _Opened:
         """Read the header only: format and size are known, no pixel is."""
         if media_type == "multipart/form-data":
             body = _multipart_image(content_type, body)
@@ -136,84 +160,78 @@ class Decoder:
             )
         if not body:
             raise Malformed("The picture is empty: send the bytes of a PNG, JPEG or WebP file.")
-        _check_parts(body)
+        picture = containers.stripped(body)
         try:
-            picture = Image.open(io.BytesIO(body), formats=FORMATS)
+            image = Image.open(io.BytesIO(picture.file), formats=FORMATS)
         except UnidentifiedImageError as error:
             raise UnsupportedType("The content is no PNG, JPEG or WebP: convert it.") from error
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise TooLarge(f"The picture has more than {self._max_pixels} pixels: scale it down.") from error
         except Exception as error:  # Pillow raises many kinds for a damaged header
             raise Malformed(f"The picture's header cannot be read ({error}): send the file whole.") from error
-        if picture.width * picture.height > self._max_pixels:
+        n_pixels = image.width * image.height
+        if n_pixels > self._max_pixels:
             raise TooLarge(
-                f"The picture is {picture.width} x {picture.height}; at most {self._max_pixels} pixels "
+                f"The picture is {image.width} x {image.height}; at most {self._max_pixels} pixels "
                 "are taken: scale it down."
             )
-        return picture
+        if isinstance(image, JpegImageFile):
+            margin = JPEG_SCALE_MARGIN * max(self._height, self._width)
+            scale = margin / min(image.size)
+            image.draft("RGB", (round(image.width * scale), round(image.height * scale)))
+        if image.width * image.height > self._max_decoded_pixels:
+            raise TooLarge(
+                f"The picture would be decoded to {image.width} x {image.height}; at most "
+                f"{self._max_decoded_pixels} pixels are: scale it down, or send a JPEG."
+            )
+        return _Opened(image, n_pixels, picture.orientation)
 
-    def _fit(self, picture: Image.Image) -> NDArray[np.uint8]:
+    def _fit(self, opened: _Opened) -> NDArray[np.uint8]:
         """Decode, orient, and bring the largest centred part of the network's shape to its size."""
         try:
-            if isinstance(picture, JpegImageFile):  # or an MPO, as phones write them
-                margin = JPEG_SCALE_MARGIN * max(self._height, self._width)
-                scale = margin / min(picture.size)
-                picture.draft("RGB", (round(picture.width * scale), round(picture.height * scale)))
-            picture.load()
-            picture = _as_rgb(ImageOps.exif_transpose(picture))
+            opened.image.load()
+            image = _as_rgb(opened.image)
         except Exception as error:  # Pillow raises many kinds for damaged content
             raise Malformed(f"The picture cannot be decoded ({error}): send the file whole.") from error
-        if picture.size != (self._width, self._height):
-            scale = min(picture.width / self._width, picture.height / self._height)
+        if opened.orientation in TURNS:
+            image = image.transpose(TURNS[opened.orientation])
+        if image.size != (self._width, self._height):
+            scale = min(image.width / self._width, image.height / self._height)
             crop_width, crop_height = self._width * scale, self._height * scale
-            left, top = (picture.width - crop_width) / 2, (picture.height - crop_height) / 2
-            picture = picture.resize(
+            left, top = (image.width - crop_width) / 2, (image.height - crop_height) / 2
+            image = image.resize(
                 (self._width, self._height),
                 Image.Resampling.BOX if scale > 1 else Image.Resampling.BICUBIC,
                 box=(left, top, left + crop_width, top + crop_height),
             )
-        return np.asarray(picture)
+        return np.asarray(image)
 
 
 def _media_type(content_type: str) -> str:
     return content_type.partition(";")[0].strip().lower()
 
 
-def _check_parts(body: bytes) -> None:
-    """Refuse a file whose parts alone would take long, whatever its number of pixels.
-
-    Raises:
-        TooLarge: it has more of them than any ordinary picture.
-
-    Cost: 3 us for a 32 x 32 PNG, 10 us for such a JPEG; at worst 60 ms for 16 MB that are made for it.
-    """
-    place, n_parts, n_scans = 8, 0, 0
-    if body.startswith(b"\x89PNG"):
-        while place < len(body) and n_parts <= MAX_PARTS and body[place + 4 : place + 8] != b"IEND":
-            place += 12 + int.from_bytes(body[place : place + 4])
-            n_parts += 1
-    elif body.startswith(b"\xff\xd8"):
-        place = 2
-        while max(n_parts - MAX_PARTS, n_scans - MAX_SCANS) <= 0 and (mark := JPEG_MARK.search(body, place)):
-            kind = mark[0][1]
-            if kind == 0xD9:  # the end; phones append films and more
-                break
-            n_parts += 1 if n_scans else 1 + mark.start() - place
-            n_scans += kind == 0xDA
-            place = mark.end() + int.from_bytes(body[mark.end() : mark.end() + 2])
-    if n_parts > MAX_PARTS or n_scans > MAX_SCANS:
-        raise TooLarge("The picture's file has too many parts: save it anew, as a plain PNG or JPEG.")
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """In parts where that is slow: Pillow holds the interpreter while it lays one picture on another."""
+    is_grey_16 = image.mode.startswith("I")
+    if not (is_grey_16 or image.has_transparency_data):
+        return image if image.mode == "RGB" else image.convert("RGB")
+    rgb = Image.new("RGB", image.size)
+    height = max(1, BLENDED_PIXELS // image.width)
+    for top in range(0, image.height, height):
+        part = image.crop((0, top, image.width, min(top + height, image.height)))
+        rgb.paste(_upper_byte(part) if is_grey_16 else _on_white(part), (0, top))
+    return rgb
 
 
-def _as_rgb(picture: Image.Image) -> Image.Image:
-    """Lay transparency on white; keep the upper byte of 16-bit grey, which Pillow would clip to white."""
-    if picture.mode.startswith("I"):
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+def _upper_byte(grey: Image.Image) -> Image.Image:
+    """Of 16 bits, which Pillow would clip to white."""
+    return Image.fromarray((np.asarray(grey) >> 8).astype(np.uint8))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 def loads(body: bytes, max_values: int) -> Any:
@@ -252,9 +270,9 @@ def from_base64(text: str | memoryview) -> bytes:
 
     Cost: 2 to 3 ns a character; others have their turn in between.
     """
-    parts = [base64.b64decode(text[:BASE64_LENGTH], validate=True)]
-    for at in range(BASE64_LENGTH, len(text), BASE64_LENGTH):
-        if len(parts[-1]) != BASE64_LENGTH // 4 * 3:
+    parts = list[bytes]()
+    for at in range(0, len(text), BASE64_LENGTH):
+        if parts and len(parts[-1]) != BASE64_LENGTH // 4 * 3:
             raise ValueError("Excess data after padding")
         parts.append(base64.b64decode(text[at : at + BASE64_LENGTH], validate=True))
     return b"".join(parts)

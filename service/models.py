@@ -136,6 +136,7 @@ class Model:
             height=spec.height,
             width=spec.width,
             max_pixels=self._settings.max_pixels,
+            max_decoded_pixels=self._settings.max_decoded_pixels,
             max_values=self._settings.max_values,
             threads=decode_threads,
         )

@@ -320,9 +320,16 @@ class Settings(BaseSettings):
     max_pixels: int = Field(
         25_000_000,
         ge=1,
-        description="Largest picture, judged before it is decoded; above it 413. Larger: each may cost 3 "
-        "bytes a "
-        "pixel and some 10 ns a pixel.",
+        description="Largest picture, judged before it is decoded; above it 413. Larger: bigger photographs. "
+        "A JPEG is scaled down while it is decoded, which costs up to 6 bytes and some 20 ns a pixel.",
+    )
+    max_decoded_pixels: int = Field(
+        9_000_000,
+        ge=1,
+        description="Largest picture to decode, judged likewise: all of a PNG or WebP, of a JPEG what it is "
+        "scaled down to, an eighth of its height and width or four times the network's, whichever is more; "
+        "above it 413. Larger: bigger screenshots; in each of `decode_threads` up to 20 bytes and 100 ns a "
+        "pixel, for 3 ns of which nobody else is served.",
     )
     body_timeout_s: float = Field(
         10.0,

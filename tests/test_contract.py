@@ -77,7 +77,9 @@ def test_training_and_serving_see_the_same_picture(size: tuple[int, int], mode: 
     picture.save(png, "PNG")
 
     with ThreadPoolExecutor(1) as threads:
-        decoder = Decoder(height=32, width=32, max_pixels=10**6, max_values=1000, threads=threads)
+        decoder = Decoder(
+            height=32, width=32, max_pixels=10**6, max_decoded_pixels=10**6, max_values=1000, threads=threads
+        )
         served = asyncio.run(decoder.decode("image/png", png.getvalue()))
     trained_on = data.area_crop(Image.open(png), 32)
 

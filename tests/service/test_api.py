@@ -192,7 +192,7 @@ def test_a_picture_that_takes_longer_to_decode_than_the_budget_is_refused_when_t
     launch: Launcher,
 ) -> None:
     png = io.BytesIO()
-    Image.new("RGB", (4000, 4000)).save(png, "PNG", compress_level=1)
+    Image.new("RGB", (2900, 2900)).save(png, "PNG", compress_level=1)
     server = launch()
     refused = server.client.post(
         "/predict?budget_ms=5", content=png.getvalue(), headers={"content-type": "image/png"}

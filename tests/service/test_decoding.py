@@ -16,23 +16,38 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image
-from PIL.MpoImagePlugin import MpoImageFile
+from PIL import Image, ImageOps
 
-from service.decoding import BASE64_LENGTH, INLINE_BYTES, MAX_FIELDS, Decoder, from_base64, loads
+from service.decoding import (
+    BASE64_LENGTH,
+    BLENDED_PIXELS,
+    INLINE_BYTES,
+    MAX_FIELDS,
+    Decoder,
+    from_base64,
+    loads,
+)
 from service.errors import Malformed, Problem, TooLarge, UnsupportedType
 
 SIDE = 32
+MAX_DECODED_PIXELS = 500_000
 PIXELS = np.random.default_rng(3).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
 def decoder() -> Iterator[Decoder]:
     with ThreadPoolExecutor(1) as threads:
-        yield Decoder(height=SIDE, width=SIDE, max_pixels=1_000_000, max_values=1000, threads=threads)
+        yield Decoder(
+            height=SIDE,
+            width=SIDE,
+            max_pixels=1_000_000,
+            max_decoded_pixels=MAX_DECODED_PIXELS,
+            max_values=1000,
+            threads=threads,
+        )
 
 
 def decode(decoder: Decoder, content_type: str, body: bytes) -> NDArray[np.uint8]:
@@ -97,22 +112,32 @@ def test_a_large_jpeg_shrinks_to_the_same_means(decoder: Decoder) -> None:
     assert np.abs(decode(decoder, "image/jpeg", body) - means).max() <= 3
 
 
-def test_a_phones_multi_picture_file_is_scaled_while_it_is_decoded(
-    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("kind", "options"), [("JPEG", {}), ("MPO", {"save_all": True}), ("JPEG", {"progressive": True})]
+)
+def test_a_photograph_may_be_larger_than_what_is_decoded(
+    decoder: Decoder, kind: str, options: dict[str, Any]
 ) -> None:
-    drafts: list[object] = []
-    draft = MpoImageFile.draft
-
-    def noted(picture: MpoImageFile, mode: str, size: tuple[int, int]) -> object:
-        drafts.append(size)
-        return draft(picture, mode, size)
-
-    monkeypatch.setattr(MpoImageFile, "draft", noted)
-    flat = Image.new("RGB", (16 * SIDE, 16 * SIDE), (10, 120, 230))
-    body = encoded(flat, "MPO", save_all=True, append_images=[flat])
-    image_HWC = decode(decoder, "image/jpeg", body)
+    """A JPEG, or the file of several that phones write, is scaled down while it is decoded."""
+    assert MAX_DECODED_PIXELS < 1000 * 1000
+    flat = Image.new("RGB", (1000, 1000), (10, 120, 230))
+    if kind == "MPO":
+        options = options | {"append_images": [flat]}
+    image_HWC = decode(decoder, "image/jpeg", encoded(flat, kind, **options))
     assert np.abs(image_HWC.astype(int) - (10, 120, 230)).max() <= 4
-    assert drafts == [(4 * SIDE, 4 * SIDE)]
+
+
+@pytest.mark.parametrize(("kind", "side"), [("PNG", (708, 707)), ("WEBP", (708, 707)), ("JPEG", (250, 2004))])
+def test_what_would_be_decoded_to_too_many_pixels_is_refused(
+    decoder: Decoder, kind: str, side: tuple[int, int]
+) -> None:
+    """A JPEG so narrow that no part of its size is enough; and in each kind the largest that is taken."""
+    width, height = side
+    assert width * height > MAX_DECODED_PIXELS
+    with pytest.raises(TooLarge, match=f"decoded to {width} x {height}; at most 500000"):
+        decode(decoder, "image/png", encoded(Image.new("RGB", side), kind))
+    largest = Image.new("RGB", (width, MAX_DECODED_PIXELS // width))
+    assert decode(decoder, "image/png", encoded(largest, kind)).shape == (SIDE, SIDE, 3)
 
 
 def test_a_large_form_never_touches_the_disk(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +160,51 @@ def test_the_orientation_of_a_photograph_is_applied(decoder: Decoder) -> None:
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     body = encoded(PIXELS, "PNG", exif=exif)
     np.testing.assert_array_equal(decode(decoder, "image/png", body), np.rot90(PIXELS, -1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(24, 16), (48, 96), (96, 48), (60, 30), (5, 9)])
+def test_a_picture_that_is_turned_is_what_it_would_be_if_it_were_saved_so(
+    orientation: int, size: tuple[int, int]
+) -> None:
+    """For a network that is no square, too."""
+    noise = np.random.default_rng(6).integers(0, 256, (*size, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = encoded(noise, "PNG", exif=exif)
+    saved = ImageOps.exif_transpose(Image.open(io.BytesIO(turned)))
+    with ThreadPoolExecutor(1) as threads:
+        bounds = {"max_pixels": 10_000, "max_decoded_pixels": 10_000, "max_values": 100}
+        decoder = Decoder(height=16, width=24, threads=threads, **bounds)
+        image_HWC = decode(decoder, "image/png", turned)
+        expected_HWC = decode(decoder, "image/png", encoded(np.asarray(saved)))
+    assert image_HWC.shape == (16, 24, 3)
+    np.testing.assert_array_equal(image_HWC, expected_HWC)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_shrinking_is_the_mean_of_what_is_laid_on_white(decoder: Decoder, mode: str) -> None:
+    assert BLENDED_PIXELS < (16 * SIDE) ** 2
+    noise = np.random.default_rng(7).integers(0, 256, (16 * SIDE, 16 * SIDE, 4), np.uint8)
+    picture = Image.fromarray(noise)
+    options: dict[str, Any] = {}
+    if mode == "P":
+        picture = picture.convert("RGB").quantize(16)
+        options = {"transparency": bytes(range(0, 256, 16))}
+    elif mode == "LA":
+        picture = picture.convert("LA")
+    body = encoded(picture, "PNG", **options)
+    rgba = np.asarray(Image.open(io.BytesIO(body)).convert("RGBA")).astype(float)
+    on_white = 255 + (rgba[..., :3] - 255) * rgba[..., 3:] / 255
+    means = on_white.reshape(SIDE, 16, SIDE, 16, 3).mean(axis=(1, 3))
+    assert np.abs(decode(decoder, "image/png", body) - means).max() <= 1.5
+
+
+def test_shrinking_of_16_bit_grey_is_the_mean_of_the_upper_bytes(decoder: Decoder) -> None:
+    noise = np.random.default_rng(8).integers(0, 2**16, (16 * SIDE, 16 * SIDE), np.uint16)
+    means = (noise >> 8).reshape(SIDE, 16, SIDE, 16).mean(axis=(1, 3))
+    image_HWC = decode(decoder, "image/png", encoded(noise))
+    assert np.abs(image_HWC - means[..., None]).max() <= 1.5
 
 
 @pytest.mark.parametrize(
@@ -194,6 +264,7 @@ def test_a_picture_in_json_may_be_large_and_written_in_any_way(
 
 
 @given(st.integers(-9, 9), st.integers(0, 12), st.sampled_from("=A!\n"))
+@example(3, 1, "=")
 def test_base64_in_parts_is_base64(n: int, back: int, put: str) -> None:
     whole = base64.b64encode(bytes(BASE64_LENGTH // 4 * 3 + n)).decode()
     at = min(BASE64_LENGTH, len(whole) - 1) - back
@@ -261,6 +332,21 @@ def test_json_that_is_all_structure_is_refused_before_it_is_parsed(decoder: Deco
     assert most_bytes < 1e6
 
 
+@pytest.mark.parametrize("place", [33, -12], ids=["before the pixels", "after them"])
+def test_what_is_in_a_picture_beside_its_pixels_is_not_unpacked(decoder: Decoder, place: int) -> None:
+    content = b"x\0\0" + zlib.compress(bytes(1 << 20), 9)
+    text = len(content).to_bytes(4) + b"zTXt" + content + zlib.crc32(b"zTXt" + content).to_bytes(4)
+    body = PNG[:place] + text * 20 + PNG[place:]
+    assert len(body) < INLINE_BYTES
+    tracemalloc.start()
+    try:
+        np.testing.assert_array_equal(decode(decoder, "image/png", body), PIXELS)
+        _, most_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most_bytes < 500_000
+
+
 def test_a_form_of_a_myriad_of_fields_is_not_read_to_its_end(decoder: Decoder) -> None:
     fields = [("note", "", b"")] * (MAX_FIELDS - 1)
     picture = ("image", AS_FILE, PNG)
@@ -283,7 +369,13 @@ def test_a_form_of_a_myriad_of_fields_is_not_read_to_its_end(decoder: Decoder) -
         ("image/png", PNG[:20], Malformed, "whole"),
         ("image/jpeg", encoded(PIXELS, "JPEG")[:-200], Malformed, "whole"),
         ("image/webp", encoded(PIXELS, "WEBP")[:-200], Malformed, "whole"),
-        ("image/png", encoded(np.zeros((1001, 1000, 3), np.uint8)), TooLarge, "1000 x 1001"),
+        ("image/png", encoded(np.zeros((1001, 1000, 3), np.uint8)), TooLarge, "1000 x 1001; at most 1000000"),
+        (
+            "image/jpeg",
+            encoded(np.zeros((1001, 1000, 3), np.uint8), "JPEG"),
+            TooLarge,
+            "1000 x 1001; at most",
+        ),
         ("application/octet-stream", PIXELS.tobytes()[1:], Malformed, "3072 bytes"),
         ("application/octet-stream", PIXELS.tobytes() + b"x", Malformed, "3072 bytes"),
         ("application/json", b"{", Malformed, "no JSON"),
@@ -324,7 +416,14 @@ def test_a_bomb_is_refused_by_its_header(decoder: Decoder, side: int) -> None:
 @given(st.binary(max_size=300), st.integers(0, 2**32))
 def test_law_no_bytes_lead_to_anything_but_an_image_or_a_problem(noise: bytes, seed: int) -> None:
     with ThreadPoolExecutor(1) as threads:
-        decoder = Decoder(height=SIDE, width=SIDE, max_pixels=1_000_000, max_values=1000, threads=threads)
+        decoder = Decoder(
+            height=SIDE,
+            width=SIDE,
+            max_pixels=1_000_000,
+            max_decoded_pixels=MAX_DECODED_PIXELS,
+            max_values=1000,
+            threads=threads,
+        )
         damaged = bytearray(PNG)
         rng = random.Random(seed)
         for _ in range(3):

@@ -69,6 +69,7 @@ def test_names_and_defaults_are_frozen() -> None:
         "max_values": 262_144,
         "max_images_per_request": 32,
         "max_pixels": 25_000_000,
+        "max_decoded_pixels": 9_000_000,
         "body_timeout_s": 10.0,
         "max_open_requests": 1024,
         "decode_threads": 2,
