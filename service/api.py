@@ -5,6 +5,7 @@ Must not know how an answer is scheduled or computed: it asks a model and waits.
 
 import contextlib
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
@@ -60,6 +61,7 @@ PREDICT_PROBLEMS = (
     *(Malformed, Unauthorized, Forbidden, BodyTimeout, TooLarge, QueryTooLong, UnsupportedType, OutOfRange),
     *(Rejected, HeadTooLarge, Failed, Stopped, Expired),
 )
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 PARAMETERS = ("budget_ms", "top_k", "min_confidence", "stream")
 
 
@@ -119,6 +121,8 @@ class Service:
             await self.counted(exchange, self._oip.infer, error_document)
             return
         try:
+            if CONTROL.search(scope["path"]):  # to Starlette /predict and a newline is /predict
+                raise _nothing_at(scope["path"])
             self._let_in(exchange)
         except Problem as problem:
             await exchange.respond(*_document_for(scope["path"])(problem))
@@ -378,11 +382,15 @@ async def _on_http_exception(request: Request, error: HTTPException) -> Response
     """What the router refuses by itself."""
     path, method = request.url.path, request.method
     if error.status_code == 404:
-        return await _on_problem(request, NotFound(f"There is nothing at {path}: /docs lists what there is."))
+        return await _on_problem(request, _nothing_at(path))
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
         return await _on_problem(request, MethodNotAllowed(f"{path} takes {allowed}, not {method}.", allowed))
     return await _on_problem(request, Malformed(f"{error.detail}: /docs says what a request looks like."))
+
+
+def _nothing_at(path: str) -> NotFound:
+    return NotFound(f"There is nothing at {path}: /docs lists what there is.")
 
 
 async def _on_fault(request: Request, _: Exception) -> Response:

@@ -172,6 +172,16 @@ def test_other_refusals_name_the_remedy(server: Running) -> None:
     assert wrong_method.headers["allow"] == "POST"
 
 
+@pytest.mark.parametrize("path", ["/predict", "/v2/models/toy/infer", "/v2/models/toy/versions/7/infer"])
+@pytest.mark.parametrize("more", ["%0A", "%0D", "%00", "%7F", "%C2%85"])
+def test_a_path_with_a_control_character_is_nothing(server: Running, path: str, more: str) -> None:
+    """Starlette would take a newline at the end for the end."""
+    for method in ("POST", "GET"):
+        refused = server.client.request(method, path + more, content=b"")
+        assert refused.status_code == 404, refused.text
+        assert "There is nothing at" in refused.text
+
+
 def test_a_body_beyond_its_bound_is_refused_by_its_header_and_while_it_streams(launch: Launcher) -> None:
     server = launch(max_body_bytes=1000)
     assert_problem(server.client.post("/predict", content=b"x" * 1001, headers=RAW), 413, "1000 bytes")
