@@ -61,6 +61,11 @@ $(VENV)/ray: $(VENV)/made pyproject.toml constraints.txt
 	@$(PIP_INSTALL) -e '.[serve,ray]' hypothesis pytest pytest-timeout
 	@touch $@
 
+$(VENV)/cuda: $(VENV)/all
+	$(call say,Installing the CUDA and cuDNN libraries into $(VENV). The first time this downloads some gigabytes.)
+	@$(PIP_INSTALL) -e '.[cuda]'
+	@touch $@
+
 # ---- use ----
 
 .PHONY: serve train export evaluate
@@ -95,6 +100,13 @@ load: $(VENV)/all ## offer SCENARIO=steady (or ramp, burst-4, spike, …) to the
 bench-quick: $(VENV)/all ## two minutes: ratios to plain FastAPI, bare ASGI and the runtime alone, added to the history
 	$(call say,Measuring in turns. Nothing else should run on this machine.)
 	@$(PY) -m loadtests.bench --out loadtests/results/bench.jsonl $(ARGS)
+
+.PHONY: gpu
+gpu: $(VENV)/cuda ## on a machine with an NVIDIA GPU: the tests that need it, then what it is worth; ARGS go to python -m loadtests.gpu
+	$(call say,Testing what can only be seen on a GPU.)
+	@$(PY) -m pytest -m gpu
+	$(call say,Measuring for about a quarter of an hour. Nothing else should run on this machine.)
+	@$(PY) -m loadtests.gpu --out loadtests/results/gpu $(ARGS)
 
 # ---- proof ----
 

@@ -49,6 +49,23 @@ def test_an_exported_net_is_served_with_the_same_probabilities(folder: Path) -> 
             np.testing.assert_allclose(got_K, expected_K, atol=1e-4)
 
 
+def test_half_precision_is_served_as_it_was_measured(tmp_path: Path) -> None:
+    """Its accuracy in the manifest is that of its own graphs."""
+    dataset = a_dataset()
+    out = tmp_path / "artifact"
+    manifest = export(a_checkpoint(dataset), dataset, out, name="n", version="1", precision="fp16")
+    served = inference.load(out, provider="cpu", intra_op_threads=1, batch_sizes=(1,))
+    assert served.manifest.source["exported_with"]["precision"] == "fp16"
+    held_out = dataset.held_out
+    for rung, column in zip(manifest["rungs"], served.depth, strict=True):
+        logits_NK = served.run(column, channels_last(held_out.images_NCHW).numpy())
+        assert logits_NK.dtype == np.float32
+        assert logits_NK.shape == (len(held_out.labels_N), len(manifest["labels"]))
+        rows = [served.combine((column,), [row]) for row in logits_NK]
+        accuracy = np.mean([row.argmax() for row in rows] == held_out.labels_N.numpy())
+        assert rung["accuracy"] == pytest.approx(accuracy, abs=0.05)  # cross-fitted there
+
+
 def test_the_ladder_of_the_server_is_that_of_the_manifest(folder: Path) -> None:
     manifest = Artifact(folder).manifest
     ladder = inference.read_manifest(folder)[0].ladder()

@@ -927,6 +927,29 @@ def test_law_an_idle_server_leaves_no_accuracy_on_the_table(budget_s: float) -> 
     run_in_virtual_time(test)
 
 
+@in_virtual_time
+async def test_where_batching_pays_as_on_a_gpu_all_who_wait_share_one_run() -> None:
+    sizes = (1, 2, 4, 8, 16, 32, 64, 128)
+
+    def as_on_a_gpu(column: str, n_images: int) -> float:
+        """A picture more costs a hundredth of the first."""
+        size = next(size for size in sizes if size >= n_images)
+        return COST_S[column] / 5 * (0.99 + 0.01 * size)
+
+    measured = LatencyProfile(
+        {c: {n: Latency(as_on_a_gpu(c, n), as_on_a_gpu(c, n)) for n in sizes} for c in COST_S}
+    )
+    bench = Bench(duration_s=as_on_a_gpu, profile=LiveProfile(measured, 0.95), max_waiting=300)
+    first = await bench.begin(0, 0.005)
+    others = [bench.submit(identity, 0.005) for identity in range(1, 129)]
+    served = [await request.settled for request in (first, *others)]
+    assert {one.outcome for one in served} == {"answered"}
+    assert {len(batch) for _, column, batch in bench.processor.runs[:2]} == {1, 128}
+    for identity, one in enumerate(served):
+        assert one.probabilities_K is not None
+        assert one.probabilities_K.argmax() == identity
+
+
 # ---- kept warm ----
 
 
