@@ -6,6 +6,7 @@ Must not know what is served.
 import asyncio
 import math
 import ssl
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 
 import httptools
 import orjson
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.utils import get_remote_addr
 
@@ -343,7 +345,8 @@ class StampedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._serving = cycle
-        super()._start_asgi_task(cycle, app)
+        is_old = cycle.scope["http_version"] == "1.0"
+        super()._start_asgi_task(cycle, partial(_without_chunks, cycle, app) if is_old else app)
 
     def on_response_complete(self) -> None:
         """Turn to the next request; as uvicorn's, but without a timer."""
@@ -437,6 +440,28 @@ class _JoiningTransport:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
+
+
+async def _without_chunks(
+    cycle: RequestResponseCycle, app: ASGIApp, scope: Scope, receive: Receive, send: Send
+) -> None:
+    """Answer a caller of HTTP/1.0, which knows no chunks: a body without a length ends with the connection.
+
+    Source: RFC 9112, 6.1 and 6.3.
+    """
+    has_length = True
+
+    async def send_plainly(message: Message) -> None:
+        nonlocal has_length
+        if message["type"] == "http.response.start":
+            has_length = any(name.lower() == b"content-length" for name, _ in message["headers"])
+            if not has_length:  # uvicorn is told of one, and the caller is not
+                cycle.chunked_encoding, cycle.expected_content_length = False, sys.maxsize
+        elif not has_length and not message.get("more_body"):
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    await app(scope, receive, send_plainly)
 
 
 def _reason(error: Exception) -> str:

@@ -46,6 +46,36 @@ def events(response: httpx.Response) -> Iterator[Event]:
     assert not fields, "an event without its end is dropped by an EventSource"
 
 
+def raw_response(server: Running, version: str, path: str) -> tuple[bytes, bytes]:
+    """Head and body of what a server sends until it closes, whatever stands in the head."""
+    body = PIXELS.tobytes()
+    head = (
+        f"POST {path} HTTP/{version}\r\nhost: x\r\nconnection: close\r\n"
+        f"content-type: {RAW['content-type']}\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    with server.connect() as connection:
+        connection.sendall(head.encode() + body)
+        response = b"".join(iter(lambda: connection.recv(65536), b""))
+    before, _, after = response.partition(b"\r\n\r\n")
+    return before.lower(), after
+
+
+def test_a_caller_of_http_1_0_gets_a_stream_without_chunks(server: Running) -> None:
+    head, body = raw_response(server, "1.0", f"{URL}&stream=ndjson")
+    assert b"\r\nconnection: close" in head
+    assert b"transfer-encoding" not in head
+    assert b"content-length" not in head
+    assert [json.loads(line)["event"] for line in body.splitlines()] == ["prediction"] * 3 + ["done"]
+
+    head, body = raw_response(server, "1.1", f"{URL}&stream=ndjson")
+    assert b"\r\ntransfer-encoding: chunked" in head
+    assert body.endswith(b"\r\n0\r\n\r\n")
+
+    head, body = raw_response(server, "1.0", URL)
+    assert b"\r\ncontent-length: %d" % len(body) in head
+    assert json.loads(body)["deadline_met"]
+
+
 @pytest.mark.parametrize(
     ("query", "accept", "content_type"),
     [
