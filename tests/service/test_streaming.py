@@ -61,11 +61,14 @@ def raw_response(server: Running, version: str, path: str) -> tuple[bytes, bytes
 
 
 def test_a_caller_of_http_1_0_gets_a_stream_without_chunks(server: Running) -> None:
+    failed = 'anytime_requests_total{outcome="failed"}'
+    before = server.metric(failed)
     head, body = raw_response(server, "1.0", f"{URL}&stream=ndjson")
     assert b"\r\nconnection: close" in head
     assert b"transfer-encoding" not in head
     assert b"content-length" not in head
     assert [json.loads(line)["event"] for line in body.splitlines()] == ["prediction"] * 3 + ["done"]
+    assert server.metric(failed) == before
 
     head, body = raw_response(server, "1.1", f"{URL}&stream=ndjson")
     assert b"\r\ntransfer-encoding: chunked" in head
