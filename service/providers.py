@@ -226,9 +226,9 @@ def _tensorrt_options(graph: bytes, gpu: GpuOptions, batch_sizes: Sequence[int])
         folder = gpu.tensorrt_cache / hashlib.sha256(graph).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
         options |= {
-            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_enable": "True",  # not 1: that is for its C interface
             "trt_engine_cache_path": str(folder),
-            "trt_timing_cache_enable": "1",
+            "trt_timing_cache_enable": "True",
             "trt_timing_cache_path": str(folder),
         }
     return options

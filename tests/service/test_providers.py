@@ -275,6 +275,8 @@ def test_tensorrt_is_told_every_shape_and_keeps_what_it_built_by_graph(
     assert len(set(folders)) == 3
     assert all(folder.is_dir() and folder.parent == tmp_path / "cache" for folder in folders)
     assert options["trt_timing_cache_path"] == str(folders[0])
+    enabled = [options[f"trt_{what}_cache_enable"] for what in ("engine", "timing")]
+    assert enabled == ["True", "True"]  # "1" is refused
 
 
 def test_tensorrt_does_without_a_cache(
@@ -330,7 +332,7 @@ def test_a_run_says_when_the_gpu_is_lost(
 
 # ---- the real libraries ----
 
-DRIVER_WITHOUT_A_DEVICE = """
+DRIVER = """
 int cuInit(unsigned flags) { return 100; }
 int cuTensorMapEncodeTiled(void) { return 100; }
 int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
@@ -343,36 +345,57 @@ int cuGetProcAddress_v2(const char *name, void **found, int version, unsigned lo
     return 0;
 }
 """
+"""NVIDIA's driver where there is no device: whatever is asked of it fails with 100, cudaErrorNoDevice."""
+
+INFER = """
+static void *zero(void) { return 0; }
+static void *methods[400], *registry[] = {methods};
+__attribute__((constructor)) static void fill(void) {
+    for (int i = 0; i < 400; i++) methods[i] = (void *)zero;
+}
+void *getPluginRegistry(void) { return registry; }
+int getInferLibVersion(void) { return 101400; }
+void *createInferBuilder_INTERNAL(void) { return 0; }
+void *createInferRefitter_INTERNAL(void) { return 0; }
+void *createInferRuntime_INTERNAL(void) { return 0; }
+"""
+PARSER = """
+void *createNvOnnxParser_INTERNAL(void) { return 0; }
+void *createNvOnnxParserRefitter_INTERNAL(void) { return 0; }
+"""
+LIBRARIES = {"libcuda.so.1": DRIVER, "libnvinfer.so.10": INFER, "libnvonnxparser.so.10": PARSER}
+"""Enough of them for the real providers to be loaded and told their options; TensorRT's has no plugins."""
+
 OPEN = """
 import sys
 from pathlib import Path
 from service import providers
-graph = Path(sys.argv[1]).read_bytes()
-for options in (
-    providers.GPU_DEFAULTS,
-    providers.GpuOptions(cuda_graphs=False, conv_algorithms="exhaustive", use_tf32=True, prefer_nhwc=True),
-):
-    try:
-        providers.open_graph(graph, "cuda", gpu=options)
-    except providers.ProviderError as error:
-        print(error)
+graph, cache = map(Path, sys.argv[1:])
+every = dict(cuda_graphs=False, conv_algorithms="exhaustive", use_tf32=True, prefer_nhwc=True)
+for provider in ("cuda", "tensorrt"):
+    for options in (providers.GPU_DEFAULTS, providers.GpuOptions(**every, tensorrt_cache=cache)):
+        try:
+            providers.open_graph(graph.read_bytes(), provider, gpu=options, batch_sizes=(1, 8))
+        except providers.ProviderError as error:
+            print(error)
 """
 
 
-def test_the_real_provider_takes_every_option_and_says_that_there_is_no_device(
+def test_the_real_providers_take_every_option_and_say_that_there_is_no_device(
     artifact: Path, tmp_path: Path
 ) -> None:
-    """With the CUDA libraries, behind a driver that has no GPU: an unknown option would be refused before."""
+    """An option that they do not know, or a value that they cannot read, is refused before that."""
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.cudnn") is None:
         pytest.skip("the extra `cuda` is not installed")
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("needs a C compiler")
-    source = tmp_path / "driver.c"
-    source.write_text(DRIVER_WITHOUT_A_DEVICE)
-    subprocess.run([compiler, "-w", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", source], check=True)
+    for name, source in LIBRARIES.items():
+        (tmp_path / "source.c").write_text(source)
+        options = ["-w", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", tmp_path / name]
+        subprocess.run([compiler, *options, tmp_path / "source.c"], check=True)
     opened = subprocess.run(
-        [sys.executable, "-c", OPEN, artifact / "column-1.onnx"],
+        [sys.executable, "-c", OPEN, artifact / "column-1.onnx", tmp_path / "cache"],
         cwd=Path(__file__).parents[2],
         env={"LD_LIBRARY_PATH": str(tmp_path)},
         capture_output=True,
@@ -380,4 +403,4 @@ def test_the_real_provider_takes_every_option_and_says_that_there_is_no_device(
         check=True,
         timeout=50,
     )
-    assert opened.stdout.splitlines() == ["CUDA failure 100: no CUDA-capable device is detected"] * 2
+    assert opened.stdout.splitlines() == ["CUDA failure 100: no CUDA-capable device is detected"] * 4
