@@ -5,6 +5,7 @@ import gc
 import hashlib
 import json
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from onnx import numpy_helper
 
 from service.errors import NotFound, NotLoadable, Problem, Stopped
 from service.inference import ArtifactError, Inference, Manifest
-from service.repository import Repository, prepare
+from service.repository import TRIM, Repository, prepare
 from service.settings import Settings
 from tests.service import toy_artifact
 from tests.service.conftest import BATCH_SIZES, BlockedSession, Launcher, Running, nothing_left_of
@@ -131,6 +132,43 @@ def test_a_version_that_was_replaced_leaves_the_memory(server: Running) -> None:
             version_that_answers(server)
             server.on_loop(server.repository.load("toy", version))
         while any(model() for model in replaced):  # the thread that ran it may still be about to end
+            pass
+    finally:
+        gc.enable()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(TRIM is None, reason="needs glibc")
+def test_memory_that_is_free_after_a_change_is_given_back_to_the_system(server: Running) -> None:
+    pieces = [b"x" * 50_000 for _ in range(4_000)]
+    kept = pieces[::20]  # so that none of the holes between them is at the end of a heap
+    del pieces
+    before = resident_bytes()
+    server.on_loop(server.repository.load("toy", "9"))
+    while resident_bytes() > before - 100_000_000:
+        pass
+    assert len(kept) == 200
+
+
+def test_what_lives_when_a_version_is_loaded_is_not_frozen(server: Running) -> None:
+    """It may be a request of somebody who leaves, and with it the version that was to answer."""
+    frozen = gc.get_freeze_count()
+    server.on_loop(server.repository.load("toy", "9"))
+    assert gc.get_freeze_count() <= frozen
+
+
+def test_a_circle_that_holds_a_version_is_collected_when_that_is_replaced(server: Running) -> None:
+    circle: list[Any] = [server.repository.model()]
+    circle.append(circle)
+    replaced = weakref.ref(circle[0])
+    del circle
+    gc.disable()
+    try:
+        server.on_loop(server.repository.load("toy", "9"))
+        while replaced():
             pass
     finally:
         gc.enable()
