@@ -300,6 +300,7 @@ class Service:
             version=service.__version__,
             description="The best answer about an image that can be had within the caller's time budget.",
             lifespan=self._lifespan,
+            docs_url=None,  # FastAPI's have their scripts from elsewhere, beside the administrator's requests
             redoc_url=None,
             # FastAPI's own would send queries and exceptions, if only the environment said so.
             telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},

@@ -1,4 +1,4 @@
-"""What /docs says about each operation. Data only; `api` serves it."""
+"""What /openapi.json says about each operation, and /docs shows. Data only; `api` serves it."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -1,6 +1,6 @@
-"""The page at `/`, on which a newcomer tries it: a few files, with headers that allow it nothing but itself.
+"""The pages at `/`, to try it, and at `/docs`: files, with headers that allow them nothing but themselves.
 
-Must not know what the page shows: it talks to the server as any other caller does.
+Must not know what the pages show: they talk to the server as any other caller does.
 """
 
 import hashlib
@@ -13,7 +13,9 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 FOLDER = Path(__file__).parent / "web"
-INDEX = "index.html"
+PAGES: Mapping[str, str] = MappingProxyType({"index.html": "/", "docs.html": "/docs"})
+"""Where they are; what belongs to them is under /web/, as in the folder."""
+
 CONTENT_TYPES: Mapping[str, str] = MappingProxyType(
     {
         ".html": "text/html; charset=utf-8",
@@ -43,14 +45,13 @@ HEADERS: Mapping[str, str] = MappingProxyType(
 def routes() -> list[BaseRoute]:
     """One route for each file, all of which are read now: no path from outside ever reaches the file system.
 
-    The page is `/`, what belongs to it lies under `/web/`, as in the folder.
-
     Raises:
-        FileNotFoundError: the page is not part of this installation; install the package again.
+        FileNotFoundError: a page is not part of this installation; install the package again.
     """
     files = [path for path in sorted(FOLDER.rglob("*")) if path.suffix in CONTENT_TYPES]
-    if FOLDER / INDEX not in files:
-        raise FileNotFoundError(f"{FOLDER / INDEX} is missing: install the package again.")
+    for name in PAGES:
+        if FOLDER / name not in files:
+            raise FileNotFoundError(f"{FOLDER / name} is missing: install the package again.")
     return [_route(path) for path in files]
 
 
@@ -64,4 +65,4 @@ def _route(path: Path) -> Route:
             return Response(status_code=304, headers={**HEADERS, "etag": etag})
         return Response(content, headers=headers)
 
-    return Route("/" if name == INDEX else f"/web/{name}", serve, methods=["GET"], include_in_schema=False)
+    return Route(PAGES.get(name, f"/web/{name}"), serve, methods=["GET"], include_in_schema=False)

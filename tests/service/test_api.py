@@ -464,7 +464,7 @@ def test_the_model_describes_itself(server: Running) -> None:
 def test_health_and_documentation(server: Running) -> None:
     assert server.client.get("/healthz/live").json() == {"status": "live"}
     assert server.client.get("/healthz/ready").json() == {"status": "ready"}
-    assert "swagger" in server.client.get("/docs").text
+    assert "openapi.json" in server.client.get("/docs").text
     operation = server.client.get("/openapi.json").json()["paths"]["/predict"]["post"]
     assert {parameter["name"] for parameter in operation["parameters"]} == {
         *("budget_ms", "top_k", "min_confidence", "stream", "X-Budget-Ms", "X-Request-Id")

@@ -73,10 +73,11 @@ Open = Callable[..., Page]
 
 
 @pytest.fixture
-def visit(browser: Browser) -> Iterator[Open]:
+def visit(browser: Browser, launch: Launcher) -> Iterator[Open]:
     """Opens the page of a server in a context of its own, and sees to it that nothing was amiss.
 
     No request may leave the host, and the console must stay empty but for refusals that the test expects.
+    The servers that a test launches outlive its pages, which ask them for news to the end.
     """
     contexts, complaints, expected = [], list[str](), set[int]()
 
@@ -89,6 +90,7 @@ def visit(browser: Browser) -> Iterator[Open]:
         *,
         size: tuple[int, int] = DESKTOP,
         refusals: tuple[int, ...] = (),
+        path: str = "",
         **options: Any,
     ) -> Page:
         url = server if isinstance(server, str) else str(server.client.base_url)
@@ -104,7 +106,7 @@ def visit(browser: Browser) -> Iterator[Open]:
                 None if request.url.startswith((url, "blob:", "data:")) else complaints.append(request.url)
             ),
         )
-        page.goto(url)
+        page.goto(f"{url}{path}")
         return page
 
     yield visit
@@ -152,9 +154,11 @@ def expect_answer_of(page: Page, column: str) -> None:
 # ---- how it is served ----
 
 
-def test_the_page_may_load_nothing_from_elsewhere_and_be_framed_by_nobody(server: Running) -> None:
-    response = server.client.get("/")
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_a_page_may_load_nothing_from_elsewhere_and_be_framed_by_nobody(server: Running, path: str) -> None:
+    response = server.client.get(path)
 
+    assert not re.search(rb"(src|href)=.(https?:|//)", response.content)
     assert response.headers["content-type"] == "text/html; charset=utf-8"
     assert response.headers["content-security-policy"] == (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -170,7 +174,9 @@ def test_the_page_may_load_nothing_from_elsewhere_and_be_framed_by_nobody(server
 @pytest.mark.parametrize(
     ("path", "content_type"),
     [
+        ("/docs", "text/html; charset=utf-8"),
         ("/web/app.js", "text/javascript; charset=utf-8"),
+        ("/web/docs.js", "text/javascript; charset=utf-8"),
         ("/web/style.css", "text/css; charset=utf-8"),
         ("/web/icon.svg", "image/svg+xml; charset=utf-8"),
         ("/web/samples/cat.svg", "image/svg+xml; charset=utf-8"),
@@ -199,6 +205,7 @@ def test_head_says_what_get_would(server: Running) -> None:
     "path",
     [
         *("/web/", "/web/index.html", "/web/nothing.js", "/web/../page.py", "/web/%2e%2e/page.py"),
+        *("/web/docs.html", "/docs/oauth2-redirect"),
         *("/web/..%2fpage.py", "/web//etc/passwd", "/web/samples", "/web/samples/../../page.py"),
     ],
 )
@@ -215,7 +222,7 @@ def test_every_file_of_the_page_is_part_of_the_package() -> None:
     }
     routes = {route.path for route in served.routes()}  # type: ignore[attr-defined] # each is a Route
 
-    assert routes == {"/", *(f"/web/{name}" for name in known - {served.INDEX})}
+    assert routes == {"/", "/docs", *(f"/web/{name}" for name in known - {"index.html", "docs.html"})}
 
 
 # ---- what is seen ----
@@ -468,6 +475,118 @@ def test_who_wants_no_motion_sees_none(visit: Open, server: Running) -> None:
     durations = "[...document.querySelectorAll('*')].map((one) => getComputedStyle(one).transitionDuration)"
 
     assert set(page.evaluate(durations)) == {"0s"}
+
+
+# ---- /docs ----
+
+
+def operation(page: Page, method: str, path: str) -> Any:
+    """One of them, opened."""
+    named = page.locator(".path").get_by_text(path, exact=True)
+    found = page.locator(".operation").filter(has=named).filter(has=page.locator(f".method.{method}"))
+    found.locator("summary").first.click()
+    return found
+
+
+@pytest.mark.browser
+def test_the_documentation_shows_every_operation(visit: Open, server: Running) -> None:
+    told = server.client.get("/openapi.json").json()
+    page = visit(server, path="/docs")
+    expect(page.locator("h1")).to_have_text("Anytime inference 0.1.0")
+    listed = {(method.upper(), path) for path, methods in told["paths"].items() for method in methods}
+    expect(page.locator(".operation")).to_have_count(len(listed))
+    shown = page.evaluate(
+        "[...document.querySelectorAll('.operation > summary')].map("
+        "(one) => [one.querySelector('.method').textContent, one.querySelector('.path').textContent])"
+    )
+    assert {tuple(one) for one in shown} == listed
+
+    predict = operation(page, "post", "/predict")
+    expect(predict.locator(".described")).to_contain_text("It needs a key, if the operator has set any.")
+    expect(predict.locator(".fields label")).to_have_text(
+        [
+            *("budget_ms", "top_k", "min_confidence", "stream", "X-Budget-Ms", "X-Request-Id"),
+            *("Content-Type", "File", "Body"),
+        ]
+    )
+    expect(predict.locator(".fields .about").first).to_have_text(
+        "Wall time inside the server, arrival to last byte [ms]. (number, 0.1 to 10000)"
+    )
+    statuses = list(told["paths"]["/predict"]["post"]["responses"])
+    expect(predict.locator(".answer-told .code")).to_have_text(statuses)
+    predict.locator(".answer-told summary").first.click()
+    expect(predict.locator(".answer-told pre").first).to_contain_text("deadline_met: boolean")
+
+
+@pytest.mark.browser
+def test_what_is_documented_can_be_tried(visit: Open, patient: Running, tmp_path: Path) -> None:
+    picture = tmp_path / "a picture.png"
+    Image.new("RGB", (20, 20)).save(picture)
+    page = visit(patient, path="/docs", refusals=(422,))
+
+    model = operation(page, "get", "/v2/models/{name}")
+    expect(model.locator(".curl")).to_have_text(f"curl '{patient.client.base_url}/v2/models/toy'")
+    model.get_by_role("button", name="Send").click()
+    expect(model.get_by_role("status")).to_contain_text("200 OK")
+    expect(model.locator(".answer")).to_contain_text('"platform": "onnxruntime_onnx"')
+
+    predict = operation(page, "post", "/predict")
+    predict.get_by_label("top_k").fill("2")
+    predict.get_by_label("File").set_input_files(picture)
+    expect(predict.locator(".curl")).to_have_text(
+        f"curl -H 'Content-Type: image/png' --data-binary '@a picture.png' "
+        f"'{patient.client.base_url}/predict?top_k=2'"
+    )
+    predict.get_by_role("button", name="Send").click()
+    expect(predict.locator(".answer")).to_contain_text('"columns_run"')
+    predict.get_by_label("Content-Type").select_option("multipart/form-data")
+    predict.get_by_label("stream").select_option("ndjson")
+    expect(predict.locator(".curl")).to_contain_text("-F 'image=@a picture.png'")
+    predict.get_by_role("button", name="Send").click()
+    expect(predict.locator(".answer")).to_contain_text('{"event":"done"')
+    predict.get_by_label("top_k").fill("0")
+    predict.get_by_role("button", name="Send").click()
+    expect(predict.get_by_role("status")).to_contain_text("422")
+    expect(predict.locator(".answer")).to_contain_text("top_k must be a number from 1 to 5")
+
+    infer = operation(page, "post", "/v2/models/{name}/infer")
+    body = '{"inputs": [{"name": "image", "datatype": "UINT8", "shape": [1, 8, 8, 3], "data": [%s]}]}'
+    infer.get_by_label("Body").fill(body % ", ".join(["7"] * 192))
+    infer.get_by_role("button", name="Send").click()
+    expect(infer.locator(".answer")).to_contain_text('"model_name": "toy"')
+
+
+@pytest.mark.browser
+def test_the_documentation_sends_the_key_and_shows_it_to_nobody(visit: Open, launch: Launcher) -> None:
+    key, hashed = new_key()
+    page = visit(launch(api_keys=(hashed,)), path="/docs", refusals=(400, 401))
+    infer = operation(page, "post", "/v2/models/{name}/infer")
+    infer.get_by_role("button", name="Send").click()
+    expect(infer.get_by_role("status")).to_contain_text("401")
+    page.get_by_label("API key").fill(key)
+    page.get_by_label("API key").press("Enter")
+    infer.get_by_label("Body").fill('{"inputs": []}')
+    expect(infer.locator(".curl")).to_contain_text("-H 'Authorization: Bearer …'")
+    infer.get_by_role("button", name="Send").click()
+    expect(infer.get_by_role("status")).to_contain_text("400")
+    assert key not in page.locator("body").inner_text()
+
+
+@pytest.mark.browser
+def test_an_address_opens_the_operation_that_it_names(visit: Open, server: Running) -> None:
+    page = visit(server, path="/docs#model_model_get")
+    expect(page.locator("#model_model_get > .tried")).to_be_visible()
+    expect(page.locator(".operation > .tried:visible")).to_have_count(1)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_documentation_can_be_read_on_a_phone(visit: Open, server: Running, scheme: str) -> None:
+    page = visit(server, path="/docs", size=PHONE, color_scheme=scheme)
+    expect(page.locator(".operation")).not_to_have_count(0)
+    page.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
+    assert page.evaluate("document.documentElement.scrollWidth") == PHONE[0]
+    assert [(ratio, text) for ratio, text in page.evaluate(CONTRAST) if ratio < 4.5] == []
 
 
 @pytest.mark.browser
