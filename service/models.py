@@ -47,6 +47,9 @@ KEEP_WARM_S = 0.1
 """The setting `keep_warm_ms` where it is empty and a GPU is used. Small convolutional networks were seen to
 take many times longer after pauses of 0.2 s (onnxruntime #16135, #13366). Not yet tuned."""
 
+MAX_NUMBER_LENGTH = 400
+"""Of a number as text; the longest that make sense have some 330. To read one takes 3 ns a character."""
+
 NICENESS = 10
 """Of what loads an artifact beside serving: it must not take a core from those who serve."""
 
@@ -67,7 +70,8 @@ def number(name: str, value: object, least: float, most: float) -> float:
         OutOfRange: it is neither, or out of its bounds.
     """
     given = math.nan
-    if isinstance(value, int | float | str) and not isinstance(value, bool):
+    is_long = isinstance(value, str) and len(value) > MAX_NUMBER_LENGTH
+    if isinstance(value, int | float | str) and not isinstance(value, bool) and not is_long:
         with contextlib.suppress(ValueError, OverflowError):
             given = float(value)
     if not least <= given <= most:

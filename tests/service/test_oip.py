@@ -220,6 +220,7 @@ def with_output(name: object, **parameters: Any) -> bytes:
         (with_parameters(budget_ms=10_001), "budget_ms"),
         (with_parameters(budget_ms="nan"), "budget_ms"),
         (with_parameters(budget_ms="soon"), "budget_ms"),
+        (with_parameters(budget_ms="5" + "." + "0" * 400), "budget_ms"),
         (with_parameters(budget_ms=True), "budget_ms"),
         (with_parameters(budget_ms=None), "budget_ms"),
         (with_parameters(budget_ms=[5]), "budget_ms"),
