@@ -3,6 +3,7 @@
 Must not know how an answer is scheduled or computed: it asks a model and waits.
 """
 
+import asyncio
 import contextlib
 import logging
 import re
@@ -23,6 +24,7 @@ from service import openapi, page, streaming
 from service.access import Access
 from service.errors import (
     OUR_FAULT,
+    STOPPING,
     BodyTimeout,
     CallerGone,
     Expired,
@@ -41,7 +43,7 @@ from service.errors import (
     Unauthorized,
     UnsupportedType,
 )
-from service.exchange import Exchange, Headers, Room, arrived_s, problem_document
+from service.exchange import Exchange, Headers, Room, arrived_s, farewell, problem_document
 from service.logs import RequestLog
 from service.metrics import CONTENT_TYPE
 from service.models import Asked, Model, number, settled
@@ -131,10 +133,16 @@ class Service:
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), exchange.request_id]
+                message["headers"] = [*message.get("headers", ()), exchange.request_id, *farewell(scope)]
+                record.status = message["status"]
             await send(message)
 
-        await self._app(scope, receive, send_named)
+        try:
+            await self._app(scope, receive, send_named)
+        except asyncio.CancelledError:
+            if not self._repository.is_stopping:
+                raise
+            await self._let_go(exchange, _document_for(scope["path"]))
 
     def _let_in(self, exchange: Exchange) -> None:
         """Refuse whoever may not come in, before anything is read but the head.
@@ -171,6 +179,15 @@ class Service:
         """Why this process cannot go on; empty as long as it can."""
         return self._repository.broken
 
+    def announce_stop(self) -> None:
+        """Say at once that this server is not ready, but go on answering; signal handlers may call it."""
+        self._repository.announce_stop()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a column is being run, even if nobody waits for it any more."""
+        return self._repository.is_running
+
     async def drain(self) -> None:
         """Take no more requests and settle those that are here, bounded by the setting `drain_timeout_s`."""
         await self._repository.drain()
@@ -200,6 +217,10 @@ class Service:
         except Problem as problem:
             record.refuse(problem)
             await exchange.respond(*document(problem))
+        except asyncio.CancelledError:
+            if not self._repository.is_stopping:  # other servers than ours cancel when the caller has gone
+                raise
+            await self._let_go(exchange, document)
         except Exception:  # a fault of ours must not cost the caller the answer that there is none
             logger.exception("A request failed.")
             failed = Failed(OUR_FAULT)
@@ -211,6 +232,14 @@ class Service:
             self._n_open -= 1
             self._room.give_back(exchange.n_taken_bytes)
             self._journal.close(record, self._clock())
+
+    async def _let_go(
+        self, exchange: Exchange, document: Callable[[Problem], tuple[int, Headers, bytes]]
+    ) -> None:
+        """Turn away a request whose task was cancelled, as are those that are left when draining ends."""
+        exchange.record.answer, exchange.record.outcome = None, "stopped"
+        if not exchange.record.status:
+            await exchange.respond(*document(Stopped(STOPPING)))
 
     def _check_room(self) -> None:
         """Before anything is read: each open request may hold a whole body."""

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service import scheduling
-from service.errors import Outcome, Reason, Rejected, Stopped
+from service.errors import STOPPING, Outcome, Reason, Rejected, Stopped
 from service.health import Health
 from service.inference import Inference
 from service.ladder import Ladder
@@ -319,6 +319,11 @@ class Engine:
         return self._is_stopping
 
     @property
+    def is_running(self) -> bool:
+        """A run is in progress."""
+        return self._running is not None
+
+    @property
     def n_waiting(self) -> int:
         """Requests in here that are not running."""
         return len(self._queue)
@@ -345,7 +350,7 @@ class Engine:
             Rejected: not even the shallowest column can be had in time.
         """
         if self._is_stopping:
-            raise Stopped("This server is stopping: send the request again, another one will take it.")
+            raise Stopped(STOPPING)
         now_s = self._clock()
         n_unanswered = len(self._queue.unanswered) + sum(
             not (request.columns_run or request.settled.done()) for request in self._in_run()
@@ -510,6 +515,7 @@ class Engine:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
             logger.warning("A run did not end within %.1f s of stopping: its requests are let go.", timeout_s)
+            self._idle.set()  # whoever stops this once more need not wait once more
         if self._running:
             for request in self._running.batch:
                 self._settle_with_what_there_is(request, "stopped", "load")

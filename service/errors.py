@@ -18,6 +18,7 @@ server has become slower; `rate`, because its client had had its share."""
 
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
+STOPPING = "This server is stopping: send the request again, another one will take it."
 OUR_FAULT = "The server failed on this request: tell the operator if it persists."
 
 

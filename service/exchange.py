@@ -22,6 +22,7 @@ Refuse = Callable[[str, Reason], Rejected]
 """Makes a refusal from a sentence for the caller and from what took the time."""
 
 PROBLEM_HEADER = (b"content-type", b"application/problem+json")
+CLOSE: Headers = ((b"connection", b"close"),)
 
 
 class Room:
@@ -81,7 +82,7 @@ class Exchange:
         message: Message = {
             "type": "http.response.start",
             "status": status,
-            "headers": [*headers, self.request_id],
+            "headers": [*headers, self.request_id, *farewell(self.scope)],
         }
         await self.send(message)
         self.record.status = status
@@ -185,6 +186,12 @@ async def _leave_when_gone(receive: Receive, leave: Callable[[], None]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     leave()
+
+
+def farewell(scope: Scope) -> Headers:
+    """The header that ends the connection, if this answer is to be its last."""
+    connection: StampedProtocol | None = scope.get(CONNECTION)
+    return CLOSE if connection and connection.is_last_answer else ()
 
 
 def arrived_s(scope: Scope, now_s: float) -> float:

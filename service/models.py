@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from service import inference, profiling, providers
 from service.decoding import Decoder
 from service.engine import Cancellable, Engine, InferenceThread, Request, Served
-from service.errors import CallerGone, Expired, Failed, OutOfRange, Stopped
+from service.errors import STOPPING, CallerGone, Expired, Failed, OutOfRange, Stopped
 from service.health import Health
 from service.inference import Inference, Manifest, ProviderUnavailable
 from service.latency import LatencyProfile, LiveProfile, Reserve
@@ -184,6 +184,11 @@ class Model:
     def is_ready(self) -> bool:
         """Requests are taken."""
         return self._engine is not None and not self._engine.is_stopping
+
+    @property
+    def is_running(self) -> bool:
+        """A run is in progress, even if nobody waits for it any more."""
+        return self._engine is not None and self._engine.is_running
 
     @property
     def n_waiting(self) -> int:
@@ -390,7 +395,7 @@ async def settled(request: Request) -> Served:
                 "The deadline passed while the request waited: grant a larger budget or retry later."
             )
         case "stopped":
-            raise Stopped("This server is stopping: send the request again, another one will take it.")
+            raise Stopped(STOPPING)
         case "disconnected":
             raise CallerGone
         case _:

@@ -146,9 +146,17 @@ class GrpcServer:
         await self._server.start()
         return port
 
-    async def stop(self, grace_s: float) -> None:
-        """Take no more calls, and end those that are here: at once if they take longer than this."""
+    async def stop(self, linger_s: float, grace_s: float) -> None:
+        """Take no more calls, and end those that are here.
+
+        Args:
+            linger_s: How long calls still come in, to be told by whoever answers that there is no answer:
+                gRPC itself cancels those that cross its farewell. No wait if nobody has ever called.
+            grace_s: How long those that are here may then take.
+        """
         if self._server:
+            if self._calls.has_been_called:
+                await asyncio.sleep(linger_s)
             await self._server.stop(grace_s)
 
 
@@ -175,6 +183,7 @@ class _Calls(grpc.GenericRpcHandler):
         self._journal = journal
         self._clock = clock
         self._n_open = 0
+        self.has_been_called = False
         infer = _Call(pb.ModelInferRequest, self._infer, door="predict", is_counted=True)
         self._by_method: Mapping[str, _Call] = {
             f"{SERVICE}ServerLive": _Call(pb.ServerLiveRequest, self._live, is_probe=True),
@@ -193,6 +202,7 @@ class _Calls(grpc.GenericRpcHandler):
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
         """Have a call served that has just come; None if there is no such method."""
         arrived_s, method = self._clock(), handler_call_details.method
+        self.has_been_called = True
         call = self._by_method.get(method)
         if call is None:
             return None
@@ -327,7 +337,7 @@ class _Calls(grpc.GenericRpcHandler):
             model = self._repository.model(request.name, request.version)
         except (NotFound, Stopped):
             return pb.ModelReadyResponse(ready=False)
-        return pb.ModelReadyResponse(ready=model.is_ready)
+        return pb.ModelReadyResponse(ready=self._repository.takes_for(model))
 
     async def _server_metadata(self, *_: object) -> pb.ServerMetadataResponse:
         return pb.ServerMetadataResponse(**oip.server_metadata())

@@ -205,7 +205,7 @@ class OpenInference:
     async def _model_ready(self, request: Request) -> Response:
         """Say whether a model takes requests."""
         model = self._named(request)
-        if not model.is_ready:
+        if not self._repository.takes_for(model):
             raise Stopped("This model is starting or stopping: send requests to another server.")
         return _response({"name": model.name, "ready": True})
 

@@ -4,6 +4,7 @@ Must not know what is served.
 """
 
 import asyncio
+import contextlib
 import math
 import ssl
 import sys
@@ -20,7 +21,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.protocols.utils import get_remote_addr
 
 from service.access import client_of
-from service.errors import HeadTimeout, HeadTooLarge, Malformed, Problem
+from service.errors import STOPPING, HeadTimeout, HeadTooLarge, Malformed, Problem
 from service.settings import Settings, SettingsError
 
 RECEIVED_S = "anytime.received_s"
@@ -31,18 +32,19 @@ CONNECTION = "anytime.connection"
 
 HEAD = b"HTTP/1."
 
+FAREWELL_S = 1.0
+"""How long is read on from a caller that was told to close [s]: a few times the way there and back, anywhere.
+Larger: slower restarts."""
+
 N_OTHER_FILES = 128
 """Open files beside connections: the event loop's, the artifact's while it is loaded, libraries, logs."""
 
 
-def connection_options(settings: Settings) -> dict[str, Any]:
-    """What uvicorn's Config has to be told so that connections keep to the settings.
-
-    Raises:
-        SettingsError: the files for TLS cannot be used.
-    """
+def connection_options(connections: "Connections") -> dict[str, Any]:
+    """What uvicorn's Config has to be told so that connections keep to the settings."""
+    settings = connections.settings
     return {
-        "http": partial(StampedProtocol, Connections(settings, tls_context(settings))),
+        "http": partial(StampedProtocol, connections),
         "ws": "none",
         # uvicorn's own default believes whoever connects from this machine.
         "proxy_headers": bool(settings.forwarded_allow_ips),
@@ -111,35 +113,70 @@ def allow_open_files(settings: Settings) -> None:
 
 
 class Connections:
-    """What all connections of one server share: their bounds, and how many there are of whom.
+    """What all connections of one server share: their bounds, how many there are of whom, and their end.
+
+    Nobody's request is lost when the server stops. As long as `is_closing`, every answer says that it is the
+    last on its connection. `close_idle` leaves time for one more request to those that are not in use. Who is
+    silent until that is over is told as well: a request that is already on its way then finds an answer.
 
     Args:
         settings: The bounds.
         tls: Secures every connection; None if none is.
+
+    Raises:
+        SettingsError: the files for TLS cannot be used.
     """
 
-    def __init__(self, settings: Settings, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.tls = tls
+        self.tls = tls_context(settings)
+        self.keep_alive_s = settings.keep_alive_s
+        """How long an idle connection is kept now."""
         self.watch_s = min(settings.header_timeout_s, settings.keep_alive_s, settings.send_timeout_s)
-        self._n = 0
+        self.is_closing = False
+        """Every answer is to be the last of its connection."""
+        self._entered: set[StampedProtocol] = set()
         self._n_by_client = Counter[str]()
+        self._none_left = asyncio.Event()
+        self._none_left.set()
 
-    def enter(self, client: str) -> bool:
+    def enter(self, connection: "StampedProtocol", client: str) -> bool:
         """Count a new connection; False if there is no room for it."""
         most, most_each = self.settings.max_connections, self.settings.max_connections_per_client
-        if self._n >= most or (most_each and self._n_by_client[client] >= most_each):
+        if len(self._entered) >= most or (most_each and self._n_by_client[client] >= most_each):
             return False
-        self._n += 1
+        self._entered.add(connection)
         self._n_by_client[client] += 1
+        self._none_left.clear()
         return True
 
-    def leave(self, client: str) -> None:
+    def leave(self, connection: "StampedProtocol", client: str) -> None:
         """Count a connection no more."""
-        self._n -= 1
+        self._entered.remove(connection)
         self._n_by_client[client] -= 1
         if not self._n_by_client[client]:
             del self._n_by_client[client]
+        if not self._entered:
+            self._none_left.set()
+
+    def close_idle(self, after_s: float) -> None:
+        """From now on, close every connection on which nothing has been asked for so long."""
+        self.is_closing = True
+        self.keep_alive_s = min(self.keep_alive_s, after_s)
+        self.watch_s = min(self.watch_s, after_s)
+        for connection in tuple(self._entered):
+            connection.hurry(after_s)
+
+    async def wait_for_none(self, timeout_s: float) -> None:
+        """Wait until there are no connections any more, at most for so long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._none_left.wait()
+
+    def break_off(self, *, only_half_answered: bool) -> None:
+        """Abort connections: those that have a part of an answer, or all."""
+        for connection in tuple(self._entered):
+            connection.break_off(only_half_answered=only_half_answered)
 
 
 class StampedProtocol(HttpToolsProtocol):
@@ -189,7 +226,7 @@ class StampedProtocol(HttpToolsProtocol):
         self.is_lost = False
         peer = get_remote_addr(transport)
         client = client_of(peer[0]) if peer else ""
-        if not self._all.enter(client):
+        if not self._all.enter(self, client):
             transport.abort()
             return
         self._client = client
@@ -229,7 +266,7 @@ class StampedProtocol(HttpToolsProtocol):
 
     def _open(self, transport: asyncio.Transport) -> None:
         """Put the joining transport between uvicorn and the connection."""
-        super().connection_made(_JoiningTransport(transport))  # type: ignore[arg-type]
+        super().connection_made(_JoiningTransport(transport, self._close))  # type: ignore[arg-type]
         self._is_open = True
         self._due_s = time.monotonic() + self._bounds.header_timeout_s
         self._watch()
@@ -246,9 +283,9 @@ class StampedProtocol(HttpToolsProtocol):
         if self._serving and not self._serving.response_complete:
             self._serving.disconnected = True
             self._serving.message_event.set()
+        self.is_lost = True
         if self._is_open:
             super().connection_lost(exc)
-        self.is_lost = True
         if self._watcher:
             self._watcher.cancel()
         self._leave()
@@ -257,7 +294,7 @@ class StampedProtocol(HttpToolsProtocol):
 
     def _leave(self) -> None:
         if self._client is not None:
-            self._all.leave(self._client)
+            self._all.leave(self, self._client)
             self._client = None
 
     # ---- what comes in ----
@@ -351,15 +388,64 @@ class StampedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Turn to the next request; as uvicorn's, but without a timer."""
         self.server_state.total_requests += 1
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._is_deaf:
             return
         self.flow.resume_reading()
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
         else:
-            bounds = self._bounds
-            wait_s = bounds.header_timeout_s if self._is_in_head else bounds.keep_alive_s
+            wait_s = self._bounds.header_timeout_s if self._is_in_head else self._all.keep_alive_s
             self._due_s = time.monotonic() + wait_s
+
+    # ---- the end ----
+
+    @property
+    def is_last_answer(self) -> bool:
+        """Whether the answer that begins now is to say that the connection will be closed after it."""
+        return self._all.is_closing and not self.pipeline
+
+    def hurry(self, after_s: float) -> None:
+        """Expect the next request, or the rest of its head, within this time; what is owed has its own."""
+        if self._is_open and not self._is_deaf and self._due_s < math.inf:
+            self._due_s = min(self._due_s, time.monotonic() + after_s)
+        if self._watcher:
+            self._watcher.cancel()
+            self._watch()
+
+    def break_off(self, *, only_half_answered: bool) -> None:
+        """Abort the connection, or do so only if an answer has begun and not ended."""
+        if not self._is_open:
+            if self._handshake and not only_half_answered:
+                self._handshake.cancel()
+        elif not only_half_answered or (
+            self._serving and self._serving.response_started and not self._serving.response_complete
+        ):
+            self.transport.abort()
+
+    def _close(self) -> None:
+        """Close, as uvicorn asks; gently if the caller is still sending what nobody reads any more."""
+        last: RequestResponseCycle | None = self.cycle
+        if last and last.more_body and not (self._is_deaf or self.is_lost):
+            self._close_gently(self._bounds.header_timeout_s)
+        else:
+            self._finish()
+
+    def _close_gently(self, timeout_s: float) -> None:
+        """End what is said, but read on and throw it away until the caller closes, at most for so long.
+
+        To close at once would reset the connection while something is on its way here, and a reset takes back
+        what the caller has not read yet.
+        """
+        self._is_deaf = True
+        self._due_s = time.monotonic() + timeout_s
+        self.flow.resume_reading()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+
+    def _finish(self) -> None:
+        joining: _JoiningTransport = self.transport  # type: ignore[assignment]
+        self._is_deaf = True
+        joining.finish()
 
     # ---- what takes too long, or is too much ----
 
@@ -367,13 +453,7 @@ class StampedProtocol(HttpToolsProtocol):
         """Break off what takes too long, and ring again when something next could."""
         now_s = time.monotonic()
         if now_s >= self._due_s:
-            self._due_s = math.inf
-            if self._is_in_head and not self._is_deaf:
-                timeout_s = self._bounds.header_timeout_s
-                self._say(
-                    HeadTimeout(f"The headers did not arrive within {timeout_s:g} s: send them faster.")
-                )
-            self.transport.close()
+            self._end_waiting()
         joining: _JoiningTransport = self.transport  # type: ignore[assignment]
         n_waiting = joining.get_write_buffer_size()
         n_taken_bytes = joining.n_written_bytes - n_waiting
@@ -385,20 +465,36 @@ class StampedProtocol(HttpToolsProtocol):
         next_s = min(self._due_s, self._taken_s + self._bounds.send_timeout_s, now_s + self._all.watch_s)
         self._watcher = self.loop.call_later(next_s - now_s, self._watch)
 
+    def _end_waiting(self) -> None:
+        """Close, because the next request or the rest of its head has not come.
+
+        Who has sent nothing is told why only where it is our doing: of a request that has crossed it on the
+        way, 408 says that it was not read (RFC 9110, section 15.5.9).
+        """
+        self._due_s = math.inf
+        if self._is_deaf:
+            self._finish()
+        elif self._all.is_closing:
+            self._say(HeadTimeout(STOPPING))
+            self._close_gently(FAREWELL_S)
+        else:
+            if self._is_in_head:
+                timeout_s = self._bounds.header_timeout_s
+                self._say(
+                    HeadTimeout(f"The headers did not arrive within {timeout_s:g} s: send them faster.")
+                )
+            self._finish()
+
     def _refuse(self, problem: Problem) -> None:
         """Take nothing more, and say why, if it is clear which request that answers."""
-        self._is_deaf = True
         owes_answer = self._due_s == math.inf
         if owes_answer or not self._is_in_head:
             if owes_answer and not (self._is_in_head or self.pipeline or self.cycle.response_started):
                 self._say(problem)
-            self.transport.close()
+            self._finish()
             return
         self._say(problem)
-        # To close now would reset the connection while the caller still sends, before it has read why.
-        self._due_s = time.monotonic() + self._bounds.header_timeout_s
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
+        self._close_gently(self._bounds.header_timeout_s)
 
     def _say(self, problem: Problem) -> None:
         body = orjson.dumps(problem.document)
@@ -409,10 +505,16 @@ class StampedProtocol(HttpToolsProtocol):
 
 
 class _JoiningTransport:
-    """Keeps the head of a response back until what follows it is written, or the loop turns."""
+    """Keeps the head of a response back until what follows it is written, or the loop turns.
 
-    def __init__(self, transport: asyncio.Transport) -> None:
+    Args:
+        transport: Of the connection.
+        close: What is done when uvicorn closes it.
+    """
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
         self._transport = transport
+        self.close = close
         self._held = b""
         self.n_written_bytes = 0
 
@@ -429,7 +531,7 @@ class _JoiningTransport:
         self._release()
         self._transport.write_eof()
 
-    def close(self) -> None:
+    def finish(self) -> None:
         self._release()
         self._transport.close()
 

@@ -68,7 +68,9 @@ class Repository:
         self._reasons: dict[tuple[str, str], str] = {}
         self._changing = asyncio.Lock()
         self._changes: set[asyncio.Task[None]] = set()
-        self._is_stopping = False
+        self._is_leaving = False
+        self.is_stopping = False
+        """No requests are taken any more."""
         self.broken = ""
         """Why this process cannot go on; empty as long as it can."""
         self._decode_threads = ThreadPoolExecutor(settings.decode_threads, "decode")
@@ -109,7 +111,16 @@ class Repository:
     def is_ready(self) -> bool:
         """Whether requests that name no model are taken."""
         current = self._current.get(self._default_name)
-        return bool(current and current.is_ready and not (self._is_stopping or self.broken))
+        return current is not None and self.takes_for(current) and not self.is_stopping
+
+    def takes_for(self, model: Model) -> bool:
+        """Whether requests for this model should be sent here."""
+        return model.is_ready and not self._is_leaving
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a column of any model is being run."""
+        return any(model.is_running for model in self._versions.values())
 
     def model(self, name: str = "", version: str = "") -> Model:
         """The model that answers.
@@ -189,20 +200,25 @@ class Repository:
         """
         await self._in_background(self._unload(name, version))
 
+    def announce_stop(self) -> None:
+        """Be ready for nobody, but go on answering."""
+        self._is_leaving = True
+
     def _break(self, why: str) -> None:
         """Be ready for nobody: what runs one model runs all of them."""
         self.broken = why
+        self.announce_stop()
         logger.critical("This process cannot go on: %s", why)
 
     async def drain(self) -> None:
         """Take no more requests and settle those that are here, bounded by the setting `drain_timeout_s`."""
-        self._is_stopping = True
+        self.is_stopping = True
         for change in tuple(self._changes):
             change.cancel()
         await asyncio.gather(*(model.stop() for model in self._versions.values()))
 
     async def _in_background(self, change: Coroutine[None, None, None]) -> None:
-        if self._is_stopping:
+        if self.is_stopping:
             change.close()
             raise Stopped("This server is stopping: its models stay as they are.")
         task = asyncio.create_task(change)
@@ -211,7 +227,7 @@ class Repository:
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError:
-            if self._is_stopping:
+            if self.is_stopping:
                 raise Stopped("This server is stopping: its models stay as they are.") from None
             raise
         finally:

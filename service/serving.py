@@ -5,18 +5,22 @@ Must not know what is asked or answered.
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import os
+import signal
 import socket
+import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import FrameType
 
 import uvicorn
 
 from service import logs, repository, settings
 from service.api import Service
 from service.inference import ArtifactError
-from service.protocol import allow_open_files, connection_options
+from service.protocol import FAREWELL_S, Connections, allow_open_files, connection_options
 from service.repository import Repository
 from service.settings import Settings, SettingsError
 
@@ -32,15 +36,41 @@ Source: sysexits.h, EX_SOFTWARE."""
 WRITE_GRACE_S = 1.0
 """For gRPC to hand over answers that have been settled."""
 
+HANDSHAKE_S = 0.1
+"""For those whose handshake has begun when nobody new is let in [s]: the way there and back."""
+
+SO_ATTACH_FILTER = 26
+NO_NEW = (
+    (0x30, 0, 0, 13),  # load the flags of the TCP header,
+    (0x54, 0, 0, 0x02),  # of which SYN,
+    (0x15, 0, 1, 0x02),  # with which a connection begins:
+    (0x06, 0, 0, 0),  # drop that
+    (0x06, 0, 0, 0xFFFF_FFFF),  # let everything else through
+)
+"""A program for the kernel's packet filter. Source: https://docs.kernel.org/networking/filter.html."""
+
 
 class Server(uvicorn.Server):
-    """uvicorn, but the service drains first: uvicorn alone would wait for requests that nobody settles.
+    """uvicorn, but it stops without losing a request, and in a time that is set.
+
+    At the first signal it is no longer ready, and every answer ends its connection. After `drain_notice_s`
+    nobody new is let in; runs in progress are answered, and whoever waits is turned away. Within
+    `drain_timeout_s` everybody has an answer; within `drain_linger_s` every idle connection is told to end.
+    At a second signal the process ends at once.
 
     What listens beside HTTP is started and stopped here, too: in `startup` and `shutdown`.
+
+    Args:
+        chosen: All settings.
+        app: What is served.
+
+    Raises:
+        SettingsError: the files for TLS cannot be used.
     """
 
-    def __init__(self, chosen: Settings, app: Service, config: uvicorn.Config) -> None:
-        super().__init__(config)
+    def __init__(self, chosen: Settings, app: Service) -> None:
+        self._connections = Connections(chosen)
+        super().__init__(_config(app, self._connections))
         self._chosen = chosen
         self._app = app
         self._grpc = app.grpc_server()
@@ -74,13 +104,70 @@ class Server(uvicorn.Server):
         """Whether it is time to stop; asked ten times a second."""
         return await super().on_tick(counter) or bool(self._app.broken)
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to stop; the second time, end. Unlike uvicorn's, no signal is raised again afterwards."""
+        if self.should_exit:
+            os._exit(128 + sig)
+        self.should_exit = True
+        self._announce()
+
+    def _announce(self) -> None:
+        """What holds from the very signal on, before the event loop has come round to `shutdown`."""
+        self._app.announce_stop()
+        self._connections.is_closing = True
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Settle every request, then close the connections."""
+        """Answer every request, then close the connections."""
+        self._announce()
+        chosen, connections = self._chosen, self._connections
+        if chosen.drain_notice_s and not self._app.broken:
+            logger.info("Not ready any more; requests are answered for %g s.", chosen.drain_notice_s)
+            await asyncio.sleep(chosen.drain_notice_s)
         logger.info("Stopping: no new requests; those in progress are being settled.")
-        await self._app.drain()
-        if self._grpc:
-            await self._grpc.stop(WRITE_GRACE_S)
-        await super().shutdown(sockets)
+        await self._stop_listening(sockets or [])
+        until_s = asyncio.get_running_loop().time() + chosen.drain_timeout_s
+        connections.close_idle(chosen.drain_linger_s)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._app.drain())
+            if self._grpc:
+                group.create_task(
+                    self._grpc.stop(chosen.drain_linger_s, chosen.drain_timeout_s + WRITE_GRACE_S)
+                )
+        left_s = until_s - asyncio.get_running_loop().time()
+        await connections.wait_for_none(max(left_s, chosen.drain_linger_s + FAREWELL_S))
+        await self._end_connections()
+        await self.lifespan.shutdown()
+
+    async def _stop_listening(self, sockets: Sequence[socket.socket]) -> None:
+        """Let in who has begun to connect, and nobody else.
+
+        Only to close would reset the connections that the system has already taken in our name.
+        """
+        for listener in sockets:
+            _turn_away(listener)
+        await asyncio.sleep(HANDSHAKE_S)
+        for server in self.servers:
+            server.close()
+        for listener in sockets:
+            listener.close()
+
+    async def _end_connections(self) -> None:
+        """Turn away whoever has no answer because its body is not here; break off whoever reads none."""
+        self._connections.break_off(only_half_answered=True)
+        for task in tuple(self.server_state.tasks):
+            task.cancel()
+        await self._connections.wait_for_none(FAREWELL_S)
+        self._connections.break_off(only_half_answered=False)
+
+
+def _turn_away(listener: socket.socket) -> None:
+    """Have the system ignore whoever wants to connect from now on, where it can; it will be asked again."""
+    program = b"".join(struct.pack("HBBI", *instruction) for instruction in NO_NEW)
+    buffer = ctypes.create_string_buffer(program)
+    with contextlib.suppress(OSError):
+        if sys.platform == "linux":
+            filter_ = struct.pack("HP", len(NO_NEW), ctypes.addressof(buffer))
+            listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, filter_)
 
 
 def listen(chosen: Settings) -> socket.socket:
@@ -99,21 +186,29 @@ def listen(chosen: Settings) -> socket.socket:
         ) from error
 
 
-def http_config(chosen: Settings, app: Service) -> uvicorn.Config:
-    """Everything that uvicorn is told.
-
-    Raises:
-        SettingsError: the files for TLS cannot be used.
-    """
+def _config(app: Service, connections: Connections) -> uvicorn.Config:
+    """Everything that uvicorn is told."""
     return uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
         lifespan="on",
         server_header=False,
-        timeout_graceful_shutdown=max(1, round(chosen.drain_timeout_s)),
-        **connection_options(chosen),
+        **connection_options(connections),
     )
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """As long as nothing is served there is nothing to settle.
+
+    Without this, process 1 of a container ignores the signal: it has no default for those.
+    """
+    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def serve(arguments: Sequence[str]) -> int:
@@ -131,7 +226,8 @@ def serve(arguments: Sequence[str]) -> int:
         # Read when that is imported: gRPC's core writes of every odd connection, past all loggers.
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         allow_open_files(chosen)
-        return run(chosen, asyncio.run(repository.prepare(chosen)))
+        with _ended_by_sigterm():
+            return run(chosen, asyncio.run(repository.prepare(chosen)))
     except (SettingsError, ArtifactError) as error:
         if logs.is_json():
             logger.critical("%s", error)
@@ -143,19 +239,20 @@ def serve(arguments: Sequence[str]) -> int:
 def run(chosen: Settings, models: Repository) -> int:
     """Serve these models until told to stop, or until they are broken; returns the exit status.
 
-    Where a GPU is lost the process ends in here: Python would take its sessions apart, which aborts it with a
-    status that says nothing.
+    Where a run has not ended or a GPU is lost, the process ends in here: Python would wait for the one, and
+    take the other's sessions apart, which aborts it with a status that says nothing.
 
     Raises:
         SettingsError: the address cannot be listened on, or the files for TLS cannot be used.
     """
     app = Service(chosen, models)
-    server = Server(chosen, app, http_config(chosen, app))
-    listener = listen(chosen)
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after it has shut down
-        server.run(sockets=[listener])
+    Server(chosen, app).run(sockets=[listen(chosen)])
+    status = BROKEN if app.broken else 0
     if app.broken:
-        logger.critical("Ended with status %d, to be started anew: %s", BROKEN, app.broken)
+        logger.critical("Ended with status %d, to be started anew: %s", status, app.broken)
+    if app.is_running:
+        logger.warning("A run has not ended: it is left behind.")
+    if app.broken or app.is_running:
         logging.shutdown()
-        os._exit(BROKEN)
-    return 0
+        os._exit(status)
+    return status

@@ -434,10 +434,24 @@ class Settings(BaseSettings):
         description="How long one run may take before the server ends as above. Larger: one that hangs is "
         "noticed later; smaller: a slow one may be taken for it.",
     )
+    drain_notice_s: float = Field(
+        0.0,
+        ge=0,
+        description="How long everything is still answered after the signal to stop, while /healthz/ready "
+        "says 503 already. Larger: balancers that go on sending for a while (Kubernetes: some seconds) lose "
+        "nothing; slower restarts.",
+    )
     drain_timeout_s: float = Field(
         5.0,
         ge=0,
-        description="How long a run in progress may take to end when stopping. Larger: slower restarts.",
+        description="How long a run in progress, or a body on its way, may take to end when stopping. "
+        "Larger: slower restarts.",
+    )
+    drain_linger_s: float = Field(
+        1.0,
+        ge=0.01,
+        description="How long idle connections are kept when stopping, so that a request on one of them is "
+        "turned away and not lost. Larger: callers with longer pauses are told in time; slower restarts.",
     )
 
     @field_validator(

@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import gc
+import signal
 import socket
 import threading
+import time
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,6 @@ from typing import Any, Self
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from numpy.typing import NDArray
 
 from service import serving
@@ -80,6 +81,20 @@ class Running:
     address: tuple[str, int]
     client: httpx.Client
     grpc_port: int | None
+    server: "_Server"
+    thread: threading.Thread
+
+    def stop(self) -> None:
+        """Begin to stop, as at a signal."""
+        self.server.handle_exit(signal.SIGTERM, None)
+
+    def wait_until_stopping(self) -> None:
+        """Wait until nothing is taken any more; the test's own timeout ends it otherwise."""
+        while not self.repository.is_stopping:
+            time.sleep(0.001)
+
+    def wait_until_ended(self) -> None:
+        self.thread.join()
 
     def connect(self) -> socket.socket:
         return socket.create_connection(self.address)
@@ -102,8 +117,8 @@ class Running:
 class _Server(serving.Server):
     """Says when it listens."""
 
-    def __init__(self, chosen: Settings, app: Service, config: uvicorn.Config) -> None:
-        super().__init__(chosen, app, config)
+    def __init__(self, chosen: Settings, app: Service) -> None:
+        super().__init__(chosen, app)
         self.listening = threading.Event()
         self.loop: asyncio.AbstractEventLoop | None = None
 
@@ -134,7 +149,7 @@ class Launcher:
         repository = Repository(chosen, model)
         service = Service(chosen, repository)
         listener = socket.create_server(("127.0.0.1", 0))
-        server = _Server(chosen, service, serving.http_config(chosen, service))
+        server = _Server(chosen, service)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         self.stack.callback(thread.join)
@@ -144,7 +159,7 @@ class Launcher:
         address = listener.getsockname()
         client = httpx.Client(base_url=f"http://127.0.0.1:{address[1]}", timeout=30, trust_env=False)
         self.stack.callback(client.close)
-        return Running(service, repository, server.loop, address, client, server.grpc_port)
+        return Running(service, repository, server.loop, address, client, server.grpc_port, server, thread)
 
     def __enter__(self) -> Self:
         return self

@@ -1,5 +1,6 @@
 """The HTTP contract through a real socket: the answer, every status, and what a departing caller causes."""
 
+import asyncio
 import base64
 import io
 import json
@@ -13,6 +14,7 @@ import orjson
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from starlette.types import Message
 
 from service.engine import InferenceThread, Served
 from service.errors import OUTCOMES, Problem
@@ -352,6 +354,32 @@ def test_draining_answers_the_running_and_turns_the_rest_away(
     session.released.set()
     drain.join()
     assert running.response().json()["columns_run"] == ["1"]
+
+
+def test_a_server_that_cancels_whom_it_has_lost_is_obeyed(server: Running) -> None:
+    """Not ours, which only cancels what is left when draining ends."""
+    sent: list[Message] = []
+
+    async def nothing() -> Message:
+        await asyncio.sleep(3600)
+        raise AssertionError
+
+    async def keep(message: Message) -> None:
+        sent.append(message)
+
+    async def cancelled(path: str) -> None:
+        scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": []}
+        task = asyncio.create_task(server.service(scope, nothing, keep))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    before = server.metric('anytime_requests_total{outcome="disconnected"}')
+    server.on_loop(cancelled("/predict"))
+    server.on_loop(cancelled("/v2/models/toy/infer"))
+    assert sent == []
+    assert server.metric('anytime_requests_total{outcome="disconnected"}') == before + 2
 
 
 def test_one_who_hangs_up_while_waiting_costs_no_inference(blocked: Running, session: BlockedSession) -> None:

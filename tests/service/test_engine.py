@@ -418,6 +418,9 @@ async def test_stopping_does_not_wait_for_a_run_that_hangs() -> None:
     await bench.engine.stop(2.0)
     assert bench.now() == pytest.approx(2.0)
     assert request.settled.result().outcome == "stopped"
+    await bench.engine.stop(2.0)
+    assert bench.now() == pytest.approx(2.0), "nor the second time"
+    assert bench.engine.is_running
 
 
 @in_virtual_time

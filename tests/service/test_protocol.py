@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from service.protocol import (
     CONNECTION,
     RECEIVED_S,
+    Connections,
     StampedProtocol,
     _JoiningTransport,
     allow_open_files,
@@ -42,12 +43,26 @@ def request(path: str = "/predict?budget_ms=5000") -> bytes:
 class Keeper:
     """An application that keeps the scopes of its requests, and answers none before it is told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, connections: Connections) -> None:
+        self.connections = connections
+        self.loop: asyncio.AbstractEventLoop | None = None
         self.scopes: list[Scope] = []
         self.lost = threading.Event()
 
+    def break_off(self, *, only_half_answered: bool) -> int:
+        """How many connections are left."""
+
+        async def call() -> int:
+            self.connections.break_off(only_half_answered=only_half_answered)
+            await asyncio.sleep(0.01)
+            return len(self.connections._entered)
+
+        assert self.loop
+        return asyncio.run_coroutine_threadsafe(call(), self.loop).result()
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scopes.append(scope)
+        self.loop = asyncio.get_running_loop()
         connection: StampedProtocol = scope[CONNECTION]
         connection.on_lost.add(self.lost.set)
         await receive()
@@ -64,8 +79,8 @@ class Keeper:
 
 @pytest.fixture
 def keeper() -> Iterator[tuple[Keeper, int]]:
-    app = Keeper()
-    options = connection_options(Settings(_env_file=None, send_timeout_s=0.2))
+    app = Keeper(Connections(Settings(_env_file=None, send_timeout_s=0.2)))
+    options = connection_options(app.connections)
     config = uvicorn.Config(app, lifespan="off", log_config=None, **options)
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -112,11 +127,11 @@ class WrittenTo:
 def test_a_head_is_written_with_what_follows_it_together() -> None:
     async def write(*parts: bytes, close: bool = False) -> list[bytes]:
         written = WrittenTo()
-        joining = _JoiningTransport(cast("asyncio.Transport", written))
+        joining = _JoiningTransport(cast("asyncio.Transport", written), lambda: None)
         for part in parts:
             joining.write(part)
         if close:
-            joining.close()
+            joining.finish()
         await asyncio.sleep(0)
         return written.writes
 
@@ -233,6 +248,23 @@ def test_an_idle_connection_is_closed(launch: Launcher) -> None:
     with server.connect() as connection:
         assert is_served(connection)
         assert until_closed(connection) == b""
+
+
+def test_of_connections_only_the_half_answered_are_broken_off_or_all(keeper: tuple[Keeper, int]) -> None:
+    app, port = keeper
+    with (
+        socket.create_connection(("127.0.0.1", port)) as endless,
+        socket.create_connection(("127.0.0.1", port)) as silent,
+    ):
+        silent.sendall(b"GET /never HTTP/1.1\r\nHost: x\r\n\r\n")
+        endless.sendall(b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n")
+        endless.recv(1)
+        assert app.break_off(only_half_answered=True) == 1
+        until_closed(endless)
+        with pytest.raises(TimeoutError):
+            until_closed(silent, timeout_s=0.05)
+        assert app.break_off(only_half_answered=False) == 0
+        assert until_closed(silent) == b""
 
 
 def test_a_reader_that_takes_nothing_is_let_go(keeper: tuple[Keeper, int]) -> None:

@@ -86,7 +86,9 @@ def test_names_and_defaults_are_frozen() -> None:
         "profile_quantile": 0.8,
         "failed_runs_until_restart": 3,
         "run_timeout_s": 30.0,
+        "drain_notice_s": 0.0,
         "drain_timeout_s": 5.0,
+        "drain_linger_s": 1.0,
     }
 
 
