@@ -35,7 +35,7 @@ SKELETON = {
         *("protocol", "access", "repository", "models", "profiling", "engine"),
         *("logs", "tracing", "record"),
         *("inference", "providers", "metrics", "errors", "health", "settings", "decoding", "gpu", "series"),
-        *("policies", "scheduling", "waiting", "wire", "ladder", "latency"),
+        *("policies", "scheduling", "waiting", "containers", "wire", "ladder", "latency"),
     ),
 }
 PURE = ("policies", "scheduling", "waiting", "ladder", "latency")
@@ -78,6 +78,8 @@ def test_the_import_rules_allow_the_way_the_layers_point(tmp_path: Path) -> None
             "service.oip_http": "import service.oip, service.exchange, service.repository, fastapi",
             "service.oip_grpc": "import service.oip, service.oip_pb2, service.repository, grpc",
             "service.oip": "import service.models, service.errors, numpy",
+            "service.decoding": "import service.containers, service.errors, numpy",
+            "service.wire": "import service.errors",
             "service.protocol": "import service.access, service.settings, uvicorn",
             "service.engine": "import service.inference, service.metrics, asyncio",
             "service.inference": "import service.ladder, service.providers, onnxruntime, numpy",
@@ -146,6 +148,8 @@ def test_the_import_rules_allow_the_way_the_layers_point(tmp_path: Path) -> None
         ("service.errors", "service.metrics"),
         ("service.series", "service.errors"),
         ("service.gpu", "service.metrics"),
+        ("service.containers", "service.wire"),
+        ("service.errors", "service.wire"),
         ("service.access", "service.protocol"),
         ("service.access", "service.models"),
         ("service.protocol", "service.repository"),
