@@ -10,11 +10,9 @@ import os
 from ray import serve
 from starlette.types import ASGIApp
 
+from deploy.ray import budgets
 from service import repository, settings
 from service.api import Service
-
-CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-BUDGETS = "deploy.ray.budgets:middlewares"
 
 
 @serve.deployment
@@ -28,8 +26,7 @@ class Anytime:
     """
 
     async def __init__(self) -> None:  # type: ignore[misc] # Ray awaits it
-        if os.environ.get(CALLBACK) != BUDGETS:
-            raise RuntimeError(f"Start Ray with {CALLBACK}={BUDGETS} in its environment, on every node.")
+        budgets.check_called(os.environ)
         chosen = settings.load()
         self._repository = await repository.prepare(chosen)
         self._service = Service(chosen, self._repository)

@@ -10,7 +10,7 @@ know of Ray, nor how an answer is computed.
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
@@ -25,6 +25,10 @@ from service.latency import Reserve
 from service.models import milliseconds
 from service.settings import Settings
 
+CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+"""Variable in the environment of Ray that says whom its HTTP proxy asks for middlewares."""
+
+CALLED = "deploy.ray.budgets:middlewares"
 BUDGET = b"x-budget-ms"
 REQUEST_ID = b"x-request-id"
 
@@ -44,8 +48,18 @@ RETRY_S = 1.0
 NO_REPLICA = Stopped("No replica took the request, or it was lost with its replica: send it again.")
 
 
+def check_called(environment: Mapping[str, str]) -> None:
+    """See whether Ray was told to call `middlewares`: nobody would notice in an answer that it was not.
+
+    Raises:
+        RuntimeError: it was not.
+    """
+    if environment.get(CALLBACK) != CALLED:
+        raise RuntimeError(f"Start Ray with {CALLBACK}={CALLED} in its environment, on every node.")
+
+
 def middlewares() -> list[Middleware]:
-    """What Ray puts around its proxy if RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names this function.
+    """What Ray is to put around its proxy.
 
     Raises:
         SettingsError: a variable ANYTIME_… is refused.

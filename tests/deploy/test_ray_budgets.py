@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deploy.ray.budgets import WAY_START_S, Budgets
+from deploy.ray.budgets import CALLBACK, CALLED, WAY_START_S, Budgets, check_called, middlewares
 from service.settings import Settings
 from tests.fakes import VirtualLoop, run_in_virtual_time
 
@@ -318,3 +318,21 @@ def test_a_request_is_named_once() -> None:
         await respond(send, 200, [JSON, name, name], b'{"label": "cat", "elapsed_ms": 4.0}')
 
     assert through(way, lambda app: ask(app, "budget_ms=50")).headers[b"x-request-id"] == b"seven"
+
+
+def test_a_replica_does_not_start_on_a_ray_that_would_not_count_the_way() -> None:
+    check_called({CALLBACK: CALLED})
+
+    for environment in ({}, {CALLBACK: "other:middlewares"}):
+        with pytest.raises(RuntimeError, match=f"{CALLBACK}={CALLED}"):
+            check_called(environment)
+
+
+def test_what_ray_is_to_call_is_there_and_gives_budgets() -> None:
+    module, _, name = CALLED.partition(":")
+    assert (module, name) == (Budgets.__module__, middlewares.__name__)
+
+    (middleware,) = middlewares()
+
+    assert middleware.cls == Budgets
+    assert middleware.kwargs["chosen"].default_budget_ms == SETTINGS.default_budget_ms
