@@ -332,7 +332,10 @@ def test_what_ray_is_to_call_is_there_and_gives_budgets() -> None:
     module, _, name = CALLED.partition(":")
     assert (module, name) == (Budgets.__module__, middlewares.__name__)
 
+    way = Way()
     (middleware,) = middlewares()
 
-    assert middleware.cls == Budgets
-    assert middleware.kwargs["chosen"].default_budget_ms == SETTINGS.default_budget_ms
+    reply = run_in_virtual_time(lambda: ask(middleware.cls(way, *middleware.args, **middleware.kwargs)))
+
+    assert reply.document["budget_ms"] == SETTINGS.default_budget_ms
+    assert 0 < way.granted_ms < SETTINGS.default_budget_ms
