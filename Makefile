@@ -110,7 +110,7 @@ gpu: $(VENV)/cuda ## on a machine with an NVIDIA GPU: the tests that need it, th
 
 # ---- proof ----
 
-.PHONY: test ray-test check faults
+.PHONY: test ray-test check faults chaos
 test: $(VENV)/all ## run the tests; ARGS go to pytest
 	$(call say,Running the tests.)
 	@$(PY) -m pytest $(ARGS)
@@ -133,6 +133,10 @@ check: $(VENV)/all ## check format, lint, types and the import rules
 faults: $(VENV)/all ## break the code on purpose, line by line of tests/faults.txt: the tests must notice
 	$(call say,Breaking a copy of the code on purpose; every fault must make its tests fail.)
 	@$(PY) tests/faults.py $(ARGS)
+
+chaos: $(VENV)/all ## soak and chaos: 100,000 requests, good and hostile ones, and what they leave behind; ARGS go to python -m loadtests.chaos
+	$(call say,Sending good and hostile requests to a server of its own$(,) which must be after as it was before. It takes some minutes.)
+	@$(PY) -m loadtests.chaos --requests 100000 --out loadtests/results/chaos $(ARGS)
 
 # ---- upkeep ----
 
