@@ -125,6 +125,7 @@ class InferenceThread:
         self._inference = inference
         self._niceness = niceness if sys.platform == "linux" else 0
         self._work: SimpleQueue[_Work | None] = SimpleQueue()
+        self._keeps_inference = False
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self._thread.start()
         self.combine = inference.combine
@@ -159,8 +160,13 @@ class InferenceThread:
         for size in batch_sizes:  # one by one, so that who is tired of waiting leaves the thread little to do
             await self._submit(partial(self._inference.warm_up, [size]))
 
-    def close(self) -> None:
-        """Take no more runs; one in progress is left to end by itself."""
+    def close(self, *, keeps_inference: bool = False) -> None:
+        """Take no more runs; one in progress is left to end by itself, and `inference` is closed then.
+
+        Args:
+            keeps_inference: It is not: somebody else goes on with it.
+        """
+        self._keeps_inference = keeps_inference
         self._work.put(None)
 
     def _submit(self, call: Callable[[], Result]) -> asyncio.Future[Result]:
@@ -182,6 +188,8 @@ class InferenceThread:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(settle)
             del work, call, done, settle  # an error holds this frame, and with it what the run needed
+        if not self._keeps_inference:
+            self._inference.close()  # here, because it may wait for others on the GPU
 
 
 def _set(done: asyncio.Future[Result], result: Result) -> None:

@@ -247,13 +247,20 @@ class Inference:
         """
         for column, size in itertools.product(self._sessions, batch_sizes):
             try:
-                for _ in range(N_WARM_UP_RUNS):
-                    self.run_blank(column, size)
+                with providers.CHANGES:  # the first run on a GPU captures its graph
+                    for _ in range(N_WARM_UP_RUNS):
+                        self.run_blank(column, size)
             except Exception as error:  # onnxruntime's own exceptions have no public base class
                 what = f"Column {column} cannot be run on {size} images ({error})"
                 if self.provider != "cpu":
                     raise _unavailable(self.provider, what) from error
                 raise ArtifactError(f"{what}: export the artifact again.") from error
+
+    def close(self) -> None:
+        """Give back what the sessions hold; nothing can be run any more."""
+        for session in self._sessions.values():
+            if isinstance(session, BoundSession):
+                session.close()
 
 
 def load(

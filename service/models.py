@@ -374,9 +374,9 @@ class Model:
         if self._engine:
             await self._engine.stop(self._settings.drain_timeout_s)
 
-    def close(self) -> None:
-        """Let the thread end."""
-        self._processor.close()
+    def close(self, *, keeps_inference: bool = False) -> None:
+        """Let the thread end, and its sessions with it unless they are to be kept."""
+        self._processor.close(keeps_inference=keeps_inference)
 
 
 async def settled(request: Request) -> Served:
@@ -471,7 +471,7 @@ async def _load_on(provider: Provider, settings: Settings, folder: Path, rest: f
     _log(settings, loaded, profile)
     if not is_own:
         return Model(settings, loaded, measuring, profile)
-    measuring.close()
+    measuring.close(keeps_inference=True)
     return Model(settings, loaded, InferenceThread(loaded), profile)
 
 

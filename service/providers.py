@@ -45,6 +45,10 @@ ONE_AT_A_TIME = threading.Lock()
 the GPU fails and spoils the capture (onnxruntime captures with cudaStreamCaptureModeGlobal), and a model may
 be loaded, and so captured, beside serving. Besides, two runs side by side make each other unpredictable."""
 
+CHANGES = threading.RLock()
+"""Held while graphs may be captured, and while sessions on a GPU are opened and closed, which ask much of it.
+To be taken before the other one; nobody who serves takes it, because opening lasts."""
+
 LOST = frozenset({214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721})
 """cudaError_t after which nothing works any more until the process ends: illegal addresses and instructions,
 failed assertions and launches, memory and links that cannot be corrected.
@@ -138,12 +142,13 @@ def open_graph(
         raise ProviderError("this onnxruntime was built without it: install onnxruntime-gpu alone")
     said = _preload_libraries()
     try:
-        session = onnxruntime.InferenceSession(
-            graph,
-            _session_options(threads=1, records_places=True),
-            providers=_gpu_providers(graph, provider, gpu, batch_sizes),
-            enable_fallback=0,
-        )
+        with CHANGES:
+            session = onnxruntime.InferenceSession(
+                graph,
+                _session_options(threads=1, records_places=True),
+                providers=_gpu_providers(graph, provider, gpu, batch_sizes),
+                enable_fallback=0,
+            )
     except Exception as error:  # onnxruntime's own exceptions have no public base class
         _open_on_cpu(graph, 1)  # raises if it is the graph that is at fault
         raise ProviderError(_reason(error)) from error
@@ -276,7 +281,8 @@ class BoundSession:
     ) -> None:
         self._session = session
         try:
-            self._places = {size: self._place(size, graph_id, device) for size, graph_id in graph_ids.items()}
+            with CHANGES:
+                self._places = {size: self._place(size, id_, device) for size, id_ in graph_ids.items()}
         except Exception as error:  # onnxruntime's own exceptions have no public base class
             raise ProviderError(_reason(error)) from error
 
@@ -316,6 +322,12 @@ class BoundSession:
             if is_lost(error):
                 raise DeviceLost(str(error)) from error
             raise
+
+    def close(self) -> None:
+        """Give the GPU's memory back; nothing can be run any more."""
+        with CHANGES:
+            self._places.clear()
+            self._session = None
 
 
 def is_lost(error: BaseException) -> bool:

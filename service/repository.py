@@ -104,7 +104,8 @@ class Repository:
             await self.drain()
             gc.unfreeze()
             for model in self._versions.values():
-                model.close()
+                # The process ends and takes its sessions along: of a GPU that is lost they cannot be closed.
+                model.close(keeps_inference=True)
             self._decode_threads.shutdown(wait=False, cancel_futures=True)
 
     @property
