@@ -35,8 +35,8 @@ REQUEST_ID = b"x-request-id"
 WAY_START_S, WAY_LEAST_S, WAY_MOST_S = 0.005, 0.0002, 0.25
 """What is kept free for the way before any answer was seen, and at least, and at most.
 
-Source: 7.5 ms is what it takes on two busy cores (loadtests/results/hops.md). Less than that to begin with: who
-is let in teaches what it takes, who is refused does not.
+Source: 7.5 ms is what it takes on two busy cores (loadtests/results/hops.md). Less than that to begin with:
+who is let in teaches what it takes, who is refused does not.
 """
 
 MEMORY_S = 1.0
