@@ -312,3 +312,26 @@ def test_a_version_is_recorded_beside_serving(machine: Machine, tmp_path: Path) 
         assert server.ended() in {0, -signal.SIGTERM}
     finally:
         server.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_benchmark_runs_as_on_a_gpu(machine: Machine, tmp_path: Path) -> None:
+    arguments = [
+        *("--provider", "cuda", "--artifact", str(machine.artifact), "--batch-sizes", "1,2,4"),
+        *("--profile-seconds", "0.1", "--seconds", "0.5", "--start-rate", "50", "--steps", "1"),
+        *("--budget-ms", "500", "--idle-s", "0.2", "--idle-rounds", "1", "--burst", "2"),
+        *("--out", str(tmp_path / "found")),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "loadtests.gpu", *arguments],
+        cwd=ROOT,
+        env=machine.environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["latency_ms"].keys() == {"CUDA graphs", "no graphs"}
+    assert (found["provider"], found["load"]["ended_by"]) == ("cuda", "steps")
