@@ -39,7 +39,7 @@ class FakeCuda:
     n_values: int = 0
     n_running: int = 0
     most_running: int = 0
-    during_run: Callable[[], None] = lambda: None
+    during_run: Callable[[], object] = lambda: None
 
     def open(self, graph: bytes, options: Any, *, providers: Sequence[Any], enable_fallback: int) -> Any:
         chain = [(one, {}) if isinstance(one, str) else one for one in providers]

@@ -5,6 +5,10 @@ from service.health import Health
 FAILED = RuntimeError("no")
 
 
+def suspect(health: Health) -> str | None:
+    return health.suspect  # a type checker that saw the property would take it for a constant
+
+
 def failed(health: Health, column: str) -> str:
     return health.failed(column, FAILED, is_final=False)
 
@@ -12,13 +16,13 @@ def failed(health: Health, column: str) -> str:
 def test_some_failures_in_a_row_make_a_column_suspect_and_one_success_clears_it() -> None:
     health = Health(2)
     assert [failed(health, column) for column in ("1", "2")] == ["", ""]
-    assert health.suspect is None
+    assert suspect(health) is None
     assert failed(health, "2") == ""
-    assert health.suspect == "2"
+    assert suspect(health) == "2"
     health.succeeded("1")
-    assert health.suspect == "2"
+    assert suspect(health) == "2"
     health.succeeded("2")
-    assert health.suspect is None
+    assert suspect(health) is None
 
 
 def test_a_suspect_that_fails_once_more_is_broken() -> None:

@@ -392,8 +392,8 @@ def test_the_real_providers_take_every_option_and_say_that_there_is_no_device(
         pytest.skip("needs a C compiler")
     for name, source in LIBRARIES.items():
         (tmp_path / "source.c").write_text(source)
-        options = ["-w", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", tmp_path / name]
-        subprocess.run([compiler, *options, tmp_path / "source.c"], check=True)
+        options = ["-w", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", str(tmp_path / name)]
+        subprocess.run([compiler, *options, str(tmp_path / "source.c")], check=True)
     opened = subprocess.run(
         [sys.executable, "-c", OPEN, artifact / "column-1.onnx", tmp_path / "cache"],
         cwd=Path(__file__).parents[2],
