@@ -284,8 +284,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     budgets = chosen.budgets.split(",")
     rows: list[Row] = []
+    folder = Path(tempfile.mkdtemp(prefix="hops-"))  # logs are to be read if something fails
     with contextlib.ExitStack() as stack:
-        folder = Path(tempfile.mkdtemp(prefix="hops-"))  # logs to read, gone with the machine
         server = stack.enter_context(serving(folder))
         port = int(server.url.rpartition(":")[2])
         bodies = Target(server.url).pictures(None).bodies
@@ -299,6 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ray = stack.enter_context(on_ray(chosen.ray, folder))
             ways = {"direct beside Ray": server.url, "Ray Serve": ray.url}
             rows += measure(ways, bodies, budgets, chosen.n, chosen.rounds)
+    shutil.rmtree(folder)
     print(table(rows))
     if chosen.out:
         head = {
