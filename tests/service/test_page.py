@@ -428,6 +428,7 @@ def test_a_keyboard_is_enough_and_what_has_the_focus_is_marked(visit: Open, apar
 def test_an_answer_moves_nothing(visit: Open, apart: Running) -> None:
     page = visit(apart)
     expect(page.locator(".lane")).to_have_count(3)
+    expect(page.locator("#attainment-of")).to_have_text("0 of 0 requests")
     places = "[...document.querySelectorAll('main [id]')].map((one) => [one.id, one.offsetTop])"
     before = dict(page.evaluate(places))
     set_budget(page, until="200 milliseconds")
