@@ -35,8 +35,8 @@ import numpy as np
 
 from loadtests import arrivals as schedules
 from loadtests import hosting, openloop, plane
-from loadtests.chaos import artifacts, callers, footprint, storm, verdict
-from loadtests.chaos.callers import RAW, Pictures, Place
+from loadtests.chaos import artifacts, callers, footprint, over_http, storm, verdict
+from loadtests.chaos.callers import RAW, Form, Pictures, Place
 from loadtests.chaos.footprint import Capacities
 from loadtests.chaos.storm import Shelf
 from loadtests.chaos.verdict import Bar, Calm, End, Moment, Round
@@ -48,6 +48,8 @@ VERSIONS = ("1", "2")
 KEY, ADMIN_KEY = "for this run only", "for this run's administrator only"
 N_PICTURES = 16
 STALL_S = 0.4
+N_INSIDE = 16
+"""Requests that are inside when the server is told to stop; the first of them stalls."""
 N_SWAPS = 2
 """In a row, before broken versions have their turn again; so on until a round ends."""
 N_LAST = 2
@@ -97,12 +99,13 @@ EXPECTED = re.compile(r"ERROR +(Run \d+, of column|.* outcome=failed )")
 
 @dataclass(frozen=True)
 class Subject:
-    """The server under test, and what is known of it."""
+    """A server under test, and what is known of it."""
 
     server: hosting.Server
     place: Place
     pictures: Pictures
     shelf: Shelf
+    repository: Path
     log: Path
 
 
@@ -110,29 +113,40 @@ class Subject:
 def started(artifact: Path, seed: int) -> Iterator[Subject]:
     """A server with a repository of trapped and broken artifacts; stopped and removed at the end."""
     with tempfile.TemporaryDirectory() as scratch:
-        repository, log = Path(scratch) / "repository", Path(scratch) / "log"
+        repository = Path(scratch) / "repository"
         for version in VERSIONS:
             folder = repository / MODEL / version
             artifacts.write(artifact, folder, name=MODEL, version=version, stall_s=STALL_S)
         broken = artifacts.write_broken(artifact, repository / MODEL, name=MODEL)
         artifacts.write_shallow(artifact, repository / OTHER / "1", name=OTHER, version="1")
-        grpc_port = hosting.free_port()
-        settings = {
-            **SETTINGS,
-            "host": HOST,
-            "grpc_port": grpc_port,
-            "model_repository": repository,
-            "profile_cache": "",
-            "profile_seconds": 0.5,
-            "log_format": "text",
-            "log_level": "info",
-            "api_keys": _hash(KEY),
-            "admin_keys": _hash(ADMIN_KEY),
-        }
-        environment = {f"ANYTIME_{name.upper()}": str(value) for name, value in settings.items()}
-        with plane.serving("anytime", repository / MODEL / VERSIONS[0], log, environment) as server:
-            known: Mapping[str, Any] = Place.__dataclass_fields__
-            place = Place(
+        pictures = callers.make_up(artifact, N_PICTURES, seed)
+        with served(repository, Path(scratch) / "log") as (server, place):
+            yield Subject(server, place, pictures, Shelf(VERSIONS, broken), repository, Path(scratch) / "log")
+
+
+@contextlib.contextmanager
+def served(repository: Path, log: Path) -> Iterator[tuple[hosting.Server, Place]]:
+    """A server of the first version in this repository; stopped at the end."""
+    grpc_port = hosting.free_port()
+    settings = {
+        **SETTINGS,
+        "host": HOST,
+        "grpc_port": grpc_port,
+        "model_repository": repository,
+        "profile_cache": "",
+        "profile_seconds": 0.5,
+        "log_format": "text",
+        "log_level": "info",
+        "api_keys": _hash(KEY),
+        "admin_keys": _hash(ADMIN_KEY),
+    }
+    artifact = repository / MODEL / VERSIONS[0]
+    environment = {f"ANYTIME_{name.upper()}": str(value) for name, value in settings.items()}
+    known: Mapping[str, Any] = Place.__dataclass_fields__
+    with plane.serving("anytime", artifact, log, environment) as server:
+        yield (
+            server,
+            Place(
                 host=HOST,
                 port=int(server.url.rpartition(":")[2]),
                 grpc_port=grpc_port,
@@ -142,9 +156,8 @@ def started(artifact: Path, seed: int) -> Iterator[Subject]:
                 key=KEY,
                 admin_key=ADMIN_KEY,
                 **{name: value for name, value in SETTINGS.items() if name in known},
-            )
-            pictures = callers.make_up(artifact, N_PICTURES, seed)
-            yield Subject(server, place, pictures, Shelf(VERSIONS, broken), log)
+            ),
+        )
 
 
 def _hash(key: str) -> str:
@@ -192,23 +205,36 @@ def _counted(before: Mapping[str, float], after: Mapping[str, float]) -> dict[st
 
 
 async def look(subject: Subject, calm_s: float, seed: int) -> Moment:
-    """At everything, while nobody else asks."""
+    """At everything, while nobody else asks.
+
+    How quick it is, is compared with a server that has just been started and is asked the same at the same
+    time: what else runs on the machine holds up both of them.
+    """
     place = subject.place
     capacities = await footprint.capacities(place, BOUNDS)
-    await calm(subject, LEAD_SHARE * calm_s, seed)
-    measured = await calm(subject, (1 - LEAD_SHARE) * calm_s, seed)
+    with contextlib.ExitStack() as stack:
+        fresh_log = subject.log.with_name("fresh")
+        _, fresh_place = await asyncio.to_thread(
+            lambda: stack.enter_context(served(subject.repository, fresh_log))
+        )
+        both = (place, fresh_place)
+        await asyncio.gather(*(calm(subject.pictures, each, LEAD_SHARE * calm_s, seed) for each in both))
+        own, fresh = await asyncio.gather(
+            *(calm(subject.pictures, each, (1 - LEAD_SHARE) * calm_s, seed) for each in both)
+        )
+        await asyncio.to_thread(stack.close)
     await footprint.quiet(place, QUIET_LIMIT_S)
-    return Moment(await footprint.footprint(subject.server, place), capacities, measured)
+    return Moment(await footprint.footprint(subject.server, place), capacities, own, fresh)
 
 
-async def calm(subject: Subject, seconds: float, seed: int) -> Calm:
+async def calm(pictures: Pictures, place: Place, seconds: float, seed: int) -> Calm:
     """A few good requests, by an open loop."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([seed, place.port])
     at_s = schedules.poisson(CALM_HZ, seconds, rng=rng)
-    forms = [form for form in subject.pictures.forms if form.content_type == RAW and not form.encoding]
+    forms = [form for form in pictures.forms if form.content_type == RAW and not form.encoding]
     image = rng.integers(0, len(forms), len(at_s))
     sending = openloop.send(
-        f"http://{HOST}:{subject.place.port}",
+        f"http://{HOST}:{place.port}",
         at_s,
         np.full(len(at_s), CALM_BUDGET_S),
         image,
@@ -223,7 +249,7 @@ async def calm(subject: Subject, seconds: float, seed: int) -> Calm:
     for reply in answered:
         record = json.loads(reply.body)
         row, columns_run = forms[reply.image].row, record["columns_run"]
-        n_wrong += bool(subject.pictures.complaint(row, columns_run, record["index"], record["confidence"]))
+        n_wrong += bool(pictures.complaint(row, columns_run, record["index"], record["confidence"]))
     latency_ms = [(reply.done_s - reply.due_s) * 1e3 for reply in answered] or [float("inf")]
     p50_ms, p99_ms = np.quantile(latency_ms, (0.5, 0.99)).tolist()
     return Calm(len(replies), len(answered), n_wrong, p50_ms, p99_ms)
@@ -235,23 +261,37 @@ def _head(*asked: Any) -> bytes:
     return b"%b\r\nX-API-Key: %b\r\n%b" % (line, KEY.encode(), others)
 
 
-async def stop(subject: Subject, seed: int) -> End:
+async def stop(subject: Subject) -> End:
     """Tell the server to stop while requests are inside, and look at what it logged in its life."""
-    place, pictures = subject.place, subject.pictures
-    planned = [storm.Planned(storm.TRAP + "stall", 1, 0.0, seed)]
-    planned += [storm.Planned("pipeline", 1, 0.05 + i / 1e3, seed + i) for i in range(16)]
-    inside = asyncio.create_task(storm.callers(place, pictures, planned))
-    await asyncio.sleep(STALL_S / 2)
-    begun_s = time.monotonic()
-    subject.server.process.send_signal(signal.SIGTERM)
-    notes = await inside
+    place, process = subject.place, subject.server.process
+    image_HWC = subject.pictures.images_NHWC[0]
+    right, stalling = (
+        over_http.predict(place, Form(RAW, one_HWC.tobytes(), None), f"budget_ms={over_http.LONG_MS}")
+        for one_HWC in (image_HWC, artifacts.marked(image_HWC, "stall"))
+    )
+
+    async def ask(line: over_http.Line, message: bytes) -> str:
+        await line.send(message)
+        return (await line.response()).status
+
+    async with contextlib.AsyncExitStack() as stack:
+        connecting = [over_http.connected(HOST, place.port) for _ in range(N_INSIDE)]
+        lines = [await stack.enter_async_context(one) for one in connecting]
+        await asyncio.gather(*(ask(line, right) for line in lines))  # now the server knows every connection
+        messages = [stalling, *[right] * (N_INSIDE - 1)]
+        asking = [
+            asyncio.create_task(ask(line, message)) for line, message in zip(lines, messages, strict=True)
+        ]
+        await asyncio.sleep(STALL_S / 4)
+        begun_s = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        statuses = await asyncio.gather(*asking)
     try:
-        status = await asyncio.to_thread(subject.server.process.wait, 2 * verdict.MAX_STOP_S)
+        status = await asyncio.to_thread(process.wait, 2 * verdict.MAX_STOP_S)
     except subprocess.TimeoutExpired:
         status = None
     seconds = time.monotonic() - begun_s
-    fine = {"200", "429", "503", "504"}
-    complaints = [f"{note.status or 'nothing'} came" for note in notes if note.status not in fine]
+    complaints = [f"{one or 'nothing'} came" for one in statuses if one not in callers.ANSWERED | {"503"}]
     told = [line for line in subject.log.read_text(errors="replace").splitlines() if FAULT.match(line)]
     faults = [line for line in told if not EXPECTED.match(line)]
     if len(faults) == len(told):  # traps have been sprung
@@ -304,7 +344,7 @@ async def trial(
         n_swaps = N_SWAPS if i <= n_rounds - N_LAST else 0
         rounds.append(say(f"Round {i}", await one_round(subject, n_each, rate_hz, n_swaps, seed + i)))
     after = await look(subject, calm_s, seed)
-    return Trial(before, rounds, after, await stop(subject, seed))
+    return Trial(before, rounds, after, await stop(subject))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

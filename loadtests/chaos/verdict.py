@@ -41,8 +41,8 @@ MIN_CALM = 0.90
 """Share of the calm requests that are answered: what else runs on the machine may cost some."""
 
 MAX_SLOWER, MAX_SLOWER_MS = 1.5, 1.0
-"""How much longer half of the calm requests may take than before: by this factor and so much beside it, which
-is what two calm measurements on a machine with other work differ by."""
+"""How much longer half of the calm requests may take than at a server that has just been started: by this
+factor, and so much beside it."""
 
 MAX_TAIL_SLOWER, MAX_TAIL_SLOWER_MS = 3.0, 10.0
 """The same for all but 1 %, which is told by five requests of 500 and is mostly the noise of the machine."""
@@ -52,8 +52,6 @@ MAX_STOP_S = 10.0
 
 MAX_COMPLAINTS = 100
 """Of a round that are kept: if there are so many, more would say the same."""
-
-OUTCOMES = ("answered", "rejected", "expired", "failed", "stopped", "disconnected", "invalid")
 
 
 @dataclass(frozen=True)
@@ -77,11 +75,19 @@ class Calm:
 
 @dataclass(frozen=True)
 class Moment:
-    """Everything that is looked at while nobody else asks: before the storm, and after it."""
+    """Everything that is looked at while nobody else asks: before the storm, and after it.
+
+    Attributes:
+        footprint: What the server holds.
+        capacities: What it lets in.
+        calm: What a few requests get.
+        fresh: What they get at the same time from a server that has just been started.
+    """
 
     footprint: Footprint
     capacities: Capacities
     calm: Calm
+    fresh: Calm
 
 
 @dataclass(frozen=True)
@@ -187,19 +193,16 @@ def round_of(
 def miscounted(one: Round) -> list[str]:
     """What of a round's counts cannot be.
 
-    Of each outcome the server must have counted as many as callers know of, and no more than those and all of
-    whom nobody knows what, or whether, they were counted as; of all together as many as it surely got, and no
-    more than it got perhaps as well.
+    The server must have counted as many of each outcome as callers know of; and of all together as many as it
+    surely got, and no more than those and the ones that it perhaps got.
     """
     n_surely, n_counted = sum(one.surely.values()), sum(one.counted.values())
     found = []
     if not n_surely <= n_counted <= n_surely + one.n_perhaps:
         found.append(f"{n_counted} counted, {n_surely} to {n_surely + one.n_perhaps} sent")
-    unknown = one.surely.get("", 0) + one.n_perhaps
-    for outcome in OUTCOMES:
-        least, n = one.surely.get(outcome, 0), one.counted.get(outcome, 0)
-        if not least <= n <= least + unknown:
-            found.append(f"{n} counted as {outcome}, {least} to {least + unknown} were")
+    for outcome, least in one.surely.items():
+        if outcome and one.counted.get(outcome, 0) < least:
+            found.append(f"{one.counted.get(outcome, 0)} counted as {outcome}, and {least} were")
     return found
 
 
@@ -212,8 +215,8 @@ def bars(before: Moment, rounds: Sequence[Round], after: Moment, bounds: Capacit
     ample = sum(one.n_ample_answered for one in rounds) / max(1, n_ample)
     n_wrong = before.calm.n_wrong + after.calm.n_wrong
     calm = after.calm.n_answered / after.calm.n
-    p50_ms = before.calm.p50_ms * MAX_SLOWER + MAX_SLOWER_MS
-    p99_ms = before.calm.p99_ms * MAX_TAIL_SLOWER + MAX_TAIL_SLOWER_MS
+    p50_ms = after.fresh.p50_ms * MAX_SLOWER + MAX_SLOWER_MS
+    p99_ms = after.fresh.p99_ms * MAX_TAIL_SLOWER + MAX_TAIL_SLOWER_MS
     return [
         _none("unexpected, wrong or missing answers", complaints),
         _none("requests miscounted", counts),
@@ -308,6 +311,8 @@ def _before_and_after(before: Moment, after: Moment) -> str:
         ("calm: answered", lambda moment: f"{moment.calm.n_answered} of {moment.calm.n}"),
         ("calm: p50, ms", lambda moment: f"{moment.calm.p50_ms:.2f}"),
         ("calm: p99, ms", lambda moment: f"{moment.calm.p99_ms:.2f}"),
+        ("a fresh server at the same time: p50, ms", lambda moment: f"{moment.fresh.p50_ms:.2f}"),
+        ("a fresh server at the same time: p99, ms", lambda moment: f"{moment.fresh.p99_ms:.2f}"),
     )
     return _markdown(("", "before", "after"), [(name, of(before), of(after)) for name, of in shown])
 
