@@ -159,13 +159,19 @@ def run_tests(copy: Path, tests: Sequence[str]) -> str:
     return UNIMPORTABLE if COLLECTION_FAILURE in verdicts else NOT_RUN
 
 
+def run_or_rerun_tests(copy: Path, tests: Sequence[str]) -> str:
+    """As `run_tests`, and once more where it could not run: something else on the machine may be the reason."""
+    end = run_tests(copy, tests)
+    return run_tests(copy, tests) if end in {NOT_RUN, HUNG} else end
+
+
 def break_and_test(copy: Path, fault: Fault) -> str:
     """Put the fault into the copy, run its tests, mend the copy; say how the tests ended."""
     path = copy / fault.path
     whole = path.read_text(encoding="utf-8")
     path.write_text(whole.replace(fault.original, fault.replacement), encoding="utf-8")
     try:
-        return run_tests(copy, fault.tests)
+        return run_or_rerun_tests(copy, fault.tests)
     finally:
         path.write_text(whole, encoding="utf-8")
 
@@ -219,7 +225,7 @@ def examine(
             unbroken = dict(
                 zip(
                     selections,
-                    pool.map(lambda tests: run_tests(copy_of_this_worker(), tests), selections),
+                    pool.map(lambda tests: run_or_rerun_tests(copy_of_this_worker(), tests), selections),
                     strict=True,
                 )
             )
