@@ -160,7 +160,7 @@ def run_tests(copy: Path, tests: Sequence[str]) -> str:
 
 
 def run_or_rerun_tests(copy: Path, tests: Sequence[str]) -> str:
-    """As `run_tests`, and once more where it could not run: something else on the machine may be the reason."""
+    """As `run_tests`, and once more where it could not run: the machine may have been the reason."""
     end = run_tests(copy, tests)
     return run_tests(copy, tests) if end in {NOT_RUN, HUNG} else end
 
