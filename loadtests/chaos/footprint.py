@@ -12,13 +12,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from dataclasses import dataclass
 from pathlib import Path
 
-from loadtests.chaos import over_grpc
+from loadtests.chaos import over_grpc, over_http
 from loadtests.chaos.callers import PATIENCE_S, RAW, Form, Place
 from loadtests.chaos.over_http import LONG_MS, connected, predict
 from loadtests.hosting import Server
 
-LISTENING = "0A"
-"""A state in /proc/net/tcp."""
 IDLE_WINDOW_S = 1.0
 POLL_S = 0.05
 N_TRIES = 4
@@ -84,17 +82,8 @@ async def footprint(server: Server, place: Place) -> Footprint:
 
 
 def n_connections(place: Place) -> int:
-    """Connections at the server's ports that its process has not closed."""
-    ports = {f"{port:04X}" for port in (place.port, place.grpc_port)}
-    n = 0
-    for table in ("tcp", "tcp6"):
-        with contextlib.suppress(FileNotFoundError):
-            rows = Path(f"/proc/net/{table}").read_text().splitlines()[1:]
-            for row in rows:
-                cells = row.split()
-                is_closed = cells[3] == LISTENING or cells[9] == "0"  # no inode: it is the system's alone
-                n += cells[1].rpartition(":")[2] in ports and not is_closed
-    return n
+    """Connections at the server's ports that its process holds."""
+    return len(over_http.held_by(place.port)) + len(over_http.held_by(place.grpc_port))
 
 
 async def metrics(place: Place) -> Mapping[str, float]:

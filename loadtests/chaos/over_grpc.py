@@ -34,6 +34,10 @@ OUTCOMES: Mapping[str, str] = MappingProxyType(
 )
 """As `callers.OUTCOMES`, for calls whose deadline is the budget that they name."""
 
+TOO_MUCH, RETRY = grpc.StatusCode.RESOURCE_EXHAUSTED, "retry-after-ms"
+TOO_LARGE = "RESOURCE_EXHAUSTED for good"
+"""Where nobody says when to come again: the message is too large, and not the server too busy for it."""
+
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 """With which a client of HTTP/2 begins."""
 
@@ -158,7 +162,8 @@ async def ended(call: Awaitable[bytes]) -> tuple[str, bytes]:
     try:
         return "OK", await call
     except grpc.aio.AioRpcError as error:
-        return error.code().name, b""
+        is_too_large = error.code() is TOO_MUCH and RETRY not in dict(error.trailing_metadata() or ())
+        return TOO_LARGE if is_too_large else error.code().name, b""
 
 
 async def good(caller: Caller, to: grpc.aio.Channel, n: int) -> None:
@@ -216,7 +221,7 @@ async def oversize(caller: Caller, to: grpc.aio.Channel) -> None:
     sent_s = time.monotonic()
     message = field(7, bytes(caller.place.max_body_bytes))
     status, _ = await ended(whole(to, "ModelInfer")(message, metadata=shown(caller.place.key)))
-    caller.saw(status, {"RESOURCE_EXHAUSTED"}, sent_s, counts="perhaps")
+    caller.saw(status, {TOO_LARGE}, sent_s, counts="perhaps")
 
 
 async def cancel(caller: Caller, to: grpc.aio.Channel) -> None:
@@ -289,7 +294,12 @@ def catalogue(place: Place, height: int, width: int) -> Sequence[Odd]:
         wrong("datatype", infer(place.model, "image", "FP32", one, pixels)),
         *(
             wrong("shape", infer(place.model, "image", "UINT8", shape, pixels))
-            for shape in ([], [1], [height, width, 3], [1, height, width, 4], [1] * 10_000)
+            for shape in ([], [1], [height, width, 3], [1, height, width, 4])
+        ),
+        wrong(
+            "shape: too long",
+            infer(place.model, "image", "UINT8", [1] * 10_000, pixels),
+            *("INVALID_ARGUMENT", TOO_LARGE),
         ),
         *(
             wrong("number of pictures", infer(place.model, "image", "UINT8", [n, height, width, 3], pixels))
