@@ -6,6 +6,7 @@ Must not know what is served.
 import asyncio
 import contextlib
 import math
+import socket
 import ssl
 import sys
 import time
@@ -35,6 +36,9 @@ HEAD = b"HTTP/1."
 FAREWELL_S = 1.0
 """How long is read on from a caller that was told to close [s]: a few times the way there and back, anywhere.
 Larger: slower restarts."""
+
+MIN_HOPS = ((socket.IPPROTO_IP, 21), (socket.IPPROTO_IPV6, 73))
+"""Linux's IP_MINTTL and IPV6_MINHOPCOUNT: packets whose counter of hops is below that are not taken."""
 
 N_OTHER_FILES = 128
 """Open files beside connections: the event loop's, the artifact's while it is loaded, libraries, logs."""
@@ -110,6 +114,23 @@ def allow_open_files(settings: Settings) -> None:
             f"allows {hard}: lower it, or raise the limit with ulimit -n or LimitNOFILE."
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def turn_away(listener: socket.socket) -> None:
+    """Have the system ignore who wants to connect from now on, where it can; who has begun to is let in.
+
+    Nobody's packets have a counter of 255, which is what keeps strangers from routers (RFC 5082); unlike a
+    packet filter it needs no privilege. Callers ask again after a second, and are refused if it is closed.
+    """
+    _take_hops(listener, 255)
+
+
+def _take_hops(of: Any, least: int) -> None:
+    """Set the counter that packets must have; of a socket, or what an event loop has for one."""
+    if sys.platform == "linux":
+        for level, option in MIN_HOPS:
+            with contextlib.suppress(OSError):  # of the other version of IP, or of a system that has none
+                of.setsockopt(level, option, least)
 
 
 class Connections:
@@ -224,6 +245,8 @@ class StampedProtocol(HttpToolsProtocol):
         """
         self.on_lost = set()
         self.is_lost = False
+        if self._all.is_closing:  # it may have inherited that nobody is heard
+            _take_hops(transport.get_extra_info("socket"), 0)
         peer = get_remote_addr(transport)
         client = client_of(peer[0]) if peer else ""
         if not self._all.enter(self, client):

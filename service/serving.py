@@ -5,12 +5,10 @@ Must not know what is asked or answered.
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import os
 import signal
 import socket
-import struct
 import sys
 from collections.abc import Iterator, Sequence
 from types import FrameType
@@ -20,7 +18,7 @@ import uvicorn
 from service import logs, repository, settings
 from service.api import Service
 from service.inference import ArtifactError
-from service.protocol import FAREWELL_S, Connections, allow_open_files, connection_options
+from service.protocol import FAREWELL_S, Connections, allow_open_files, connection_options, turn_away
 from service.repository import Repository
 from service.settings import Settings, SettingsError
 
@@ -38,16 +36,6 @@ WRITE_GRACE_S = 1.0
 
 HANDSHAKE_S = 0.1
 """For those whose handshake has begun when nobody new is let in [s]: the way there and back."""
-
-SO_ATTACH_FILTER = 26
-NO_NEW = (
-    (0x30, 0, 0, 13),  # load the flags of the TCP header,
-    (0x54, 0, 0, 0x02),  # of which SYN,
-    (0x15, 0, 1, 0x02),  # with which a connection begins:
-    (0x06, 0, 0, 0),  # drop that
-    (0x06, 0, 0, 0xFFFF_FFFF),  # let everything else through
-)
-"""A program for the kernel's packet filter. Source: https://docs.kernel.org/networking/filter.html."""
 
 
 class Server(uvicorn.Server):
@@ -124,7 +112,7 @@ class Server(uvicorn.Server):
             logger.info("Not ready any more; requests are answered for %g s.", chosen.drain_notice_s)
             await asyncio.sleep(chosen.drain_notice_s)
         logger.info("Stopping: no new requests; those in progress are being settled.")
-        await self._stop_listening(sockets or [])
+        await _stop_listening(self.servers, sockets or [])
         until_s = asyncio.get_running_loop().time() + chosen.drain_timeout_s
         connections.close_idle(chosen.drain_linger_s)
         async with asyncio.TaskGroup() as group:
@@ -138,19 +126,6 @@ class Server(uvicorn.Server):
         await self._end_connections()
         await self.lifespan.shutdown()
 
-    async def _stop_listening(self, sockets: Sequence[socket.socket]) -> None:
-        """Let in who has begun to connect, and nobody else.
-
-        Only to close would reset the connections that the system has already taken in our name.
-        """
-        for listener in sockets:
-            _turn_away(listener)
-        await asyncio.sleep(HANDSHAKE_S)
-        for server in self.servers:
-            server.close()
-        for listener in sockets:
-            listener.close()
-
     async def _end_connections(self) -> None:
         """Turn away whoever has no answer because its body is not here; break off whoever reads none."""
         self._connections.break_off(only_half_answered=True)
@@ -160,14 +135,20 @@ class Server(uvicorn.Server):
         self._connections.break_off(only_half_answered=False)
 
 
-def _turn_away(listener: socket.socket) -> None:
-    """Have the system ignore whoever wants to connect from now on, where it can; it will be asked again."""
-    program = b"".join(struct.pack("HBBI", *instruction) for instruction in NO_NEW)
-    buffer = ctypes.create_string_buffer(program)
-    with contextlib.suppress(OSError):
-        if sys.platform == "linux":
-            filter_ = struct.pack("HP", len(NO_NEW), ctypes.addressof(buffer))
-            listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, filter_)
+async def _stop_listening(
+    servers: Sequence[asyncio.AbstractServer], listeners: Sequence[socket.socket]
+) -> None:
+    """Let in who has begun to connect, and nobody else.
+
+    Only to close would reset the connections that the system has already taken in our name.
+    """
+    for listener in listeners:
+        turn_away(listener)
+    await asyncio.sleep(HANDSHAKE_S)
+    for server in servers:
+        server.close()
+    for listener in listeners:
+        listener.close()
 
 
 def listen(chosen: Settings) -> socket.socket:

@@ -23,7 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from service import oip_pb2 as pb
 from service.access import new_key
-from service.serving import _turn_away
+from service.protocol import turn_away
 from tests.callers import Callers
 from tests.service import toy_artifact
 from tests.service.conftest import BlockedSession, Launcher, Running
@@ -170,13 +170,13 @@ def test_an_answer_that_comes_before_its_body_is_read_is_not_taken_back(launch: 
         assert connection.recv(1) == b""
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the filter is Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="the option is Linux's")
 def test_who_has_begun_to_connect_is_let_in_and_nobody_after() -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
         socket.create_connection(listener.getsockname()) as before,
     ):
-        _turn_away(listener)
+        turn_away(listener)
         with pytest.raises(TimeoutError):
             socket.create_connection(listener.getsockname(), timeout=0.2)
         accepted, _ = listener.accept()
@@ -185,6 +185,21 @@ def test_who_has_begun_to_connect_is_let_in_and_nobody_after() -> None:
             assert accepted.recv(8) == b"question"
             accepted.sendall(b"answer")
             assert before.recv(6) == b"answer"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the option is Linux's")
+def test_whoever_is_let_in_late_is_heard(launch: Launcher) -> None:
+    server = launch()
+    server.server._announce()
+    turn_away(server.server.servers[0].sockets[0])
+    with socket.socket() as late:
+        late.setsockopt(
+            socket.IPPROTO_IP, socket.IP_TTL, 255
+        )  # gets through; others whose handshake had begun
+        late.connect(server.address)
+        late.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 64)
+        late.sendall(head() + BODY)
+        assert answer(late) == (200, "close")
 
 
 # ---- a process of its own: signals ----
