@@ -110,7 +110,7 @@ gpu: $(VENV)/cuda ## on a machine with an NVIDIA GPU: the tests that need it, th
 
 # ---- proof ----
 
-.PHONY: test ray-test check faults chaos
+.PHONY: test ray-test compose-test check faults chaos
 test: $(VENV)/all ## run the tests; ARGS go to pytest
 	$(call say,Running the tests.)
 	@$(PY) -m pytest $(ARGS)
@@ -119,6 +119,10 @@ ray-test: ## run the tests on a Ray cluster of two nodes on this machine; ARGS g
 	@$(MAKE) VENV=.venv-ray .venv-ray/ray
 	$(call say,Testing on a Ray cluster. It takes a minute and two gigabytes of memory.)
 	@.venv-ray/bin/python -m pytest tests/deploy/test_ray.py tests/deploy/test_ray_budgets.py $(ARGS)
+
+compose-test: $(VENV)/all ## build the images and try docker-compose.yml with a real Docker engine: some five minutes
+	$(call say,Building images$(,) then serving$(,) loading$(,) killing and stopping in containers.)
+	@$(PY) -m tests.compose
 
 check: $(VENV)/all ## check format, lint, types and the import rules
 	$(call say,Checking the format.)

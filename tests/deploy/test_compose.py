@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,10 @@ def test_no_password_stands_in_the_files() -> None:
 
 
 def test_stopping_has_time_to_drain() -> None:
-    settings = Settings(_env_file=None)
+    chosen = Settings(_env_file=None)
+    longest_s = chosen.drain_notice_s + chosen.drain_timeout_s + chosen.drain_linger_s + 3
 
-    assert seconds(SERVICES["service"]["stop_grace_period"]) > 2 * settings.drain_timeout_s
+    assert seconds(SERVICES["service"]["stop_grace_period"]) > longest_s
 
 
 def test_the_override_asks_for_a_gpu_and_refuses_to_do_without() -> None:
@@ -138,6 +140,24 @@ def test_compose_accepts_the_files(override: tuple[str, ...]) -> None:
     )
 
     assert (checked.returncode, checked.stderr) == (0, "")
+
+
+@pytest.mark.docker
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_all_of_it_with_a_real_engine() -> None:
+    tried = subprocess.run(
+        [sys.executable, "-m", "tests.compose"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=2900,
+        check=False,
+    )
+
+    if tried.stdout.startswith("skipped: "):
+        pytest.skip(tried.stdout.strip())
+    assert tried.returncode == 0, tried.stdout + tried.stderr
 
 
 def test_promtool_accepts_the_configuration() -> None:
