@@ -52,8 +52,11 @@ N_INSIDE = 16
 """Requests that are inside when the server is told to stop; the first of them stalls."""
 N_SWAPS = 2
 """In a row, before broken versions have their turn again; so on until a round ends."""
-N_LAST = 2
-"""Rounds without swaps at the end: what they add to the memory is not hidden by what swaps do to it."""
+N_LAST = 3
+"""Rounds at the end in which no model changes: what requests add to the memory is not hidden by what models
+take and give back."""
+SETTLE_S = 2.0
+"""From the end of a round until the server is looked at: it gives memory back a second after a change."""
 
 CALM_HZ, CALM_BUDGET_S = 50.0, 0.1
 """Some 5 % of what one core answers by the deepest column, and plenty of time."""
@@ -168,7 +171,15 @@ def _hash(key: str) -> str:
 
 
 async def one_round(subject: Subject, n_requests: int, rate_hz: float, n_swaps: int, seed: int) -> Round:
-    """Everything at the same time, and what became of it; versions are swapped so often in a row."""
+    """Everything at the same time, and what became of it.
+
+    Args:
+        subject: The server.
+        n_requests: At least.
+        rate_hz: Of them, per second.
+        n_swaps: In a row, between what else is done to the models; 0: nothing is done to them.
+        seed: Of the callers.
+    """
     place, pictures = subject.place, subject.pictures
     planned = storm.plan(storm.sorts(place, pictures), n_requests, rate_hz, seed)
     before = await footprint.metrics(place)
@@ -177,13 +188,14 @@ async def one_round(subject: Subject, n_requests: int, rate_hz: float, n_swaps: 
     holding_up = asyncio.create_task(storm.hold_up(subject.server, planned[-1].due_s / 2))
     complaints: list[str] = []
     n_swapped = 0
-    while not calling.done():
+    while n_swaps and not calling.done():
         complaints += await storm.changes(place, subject.shelf, n_swaps)
         n_swapped += n_swaps
     notes, _ = await asyncio.gather(calling, holding_up)
     seconds = time.monotonic() - begun_s
     is_quiet = await footprint.quiet(place, QUIET_LIMIT_S)
     counted = _counted(before, await footprint.metrics(place))
+    await asyncio.sleep(SETTLE_S)
     return verdict.round_of(
         notes,
         [*storm.complaints(notes), *complaints],

@@ -187,8 +187,8 @@ async def changes(place: Place, shelf: Shelf, n_swaps: int) -> list[str]:
     Args:
         place: The server.
         shelf: What can be loaded, and what cannot.
-        n_swaps: How often another version takes the place of the one that answers. The first time its
-            administrator does not wait for the end.
+        n_swaps: How often another version takes the place of the one that answers, once at least. The first
+            time its administrator does not wait for the end.
     """
     complaints: list[str] = []
 
@@ -197,8 +197,7 @@ async def changes(place: Place, shelf: Shelf, n_swaps: int) -> list[str]:
         if got != status or saying not in text:
             complaints.append(f"{verb} of {model} {parameters}: {got} {text[:200]}, not {status} {saying}")
 
-    if n_swaps:
-        await over_http.begin_change(place, place.model, "load", {"version": shelf.versions[-1]})
+    await over_http.begin_change(place, place.model, "load", {"version": shelf.versions[-1]})
     await expect("200", "", place.other, "load")
     for version, saying in shelf.broken.items():
         await expect("409", saying, place.model, "load", version=version)

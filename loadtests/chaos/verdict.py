@@ -16,10 +16,10 @@ MAX_GROWTH_MIB = 16.0
 them, a leak of 0.4 KB for each would be more; allocators, which keep some and return some, gave and took 2 to
 6 MiB between such rounds."""
 
-MAX_SWAP_GROWTH_MIB = 160.0
-"""Resident memory that the rounds before may add, in which versions are swapped: what is free but cannot be
-given back comes and goes by up to 100 MiB. A version that stays costs 55 MiB (the network that ships), so
-that three of the dozens of swaps would be more."""
+MAX_SWAP_GROWTH_MIB = 100.0
+"""Resident memory that the rounds before may add, in which versions are swapped and broken ones refused: what
+is free but cannot be given back comes and goes by some 40 MiB. A version that stays costs 55 MiB (the network
+that ships), so that two of all the swaps would be more."""
 
 MAX_HANDLES = 4
 """Open files and sockets more than before: gRPC's event engine opens one or two more when it is busy."""
