@@ -1,5 +1,6 @@
 """The compose files: what holds for every container, and that nothing is open to other machines."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -140,6 +141,22 @@ def test_compose_accepts_the_files(override: tuple[str, ...]) -> None:
     )
 
     assert (checked.returncode, checked.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("environ", [{"PATH": ""}, {"DOCKER_HOST": "unix:///nowhere"}])
+def test_without_an_engine_it_is_said_that_nothing_was_tried(environ: dict[str, str]) -> None:
+    tried = subprocess.run(
+        [sys.executable, "-m", "tests.compose"],
+        cwd=ROOT,
+        env=os.environ | environ,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+
+    assert (tried.returncode, tried.stderr) == (0, "")
+    assert tried.stdout.startswith("skipped: there is no ")
 
 
 @pytest.mark.docker

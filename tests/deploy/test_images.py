@@ -135,9 +135,11 @@ def answering(status: int, secure: Callable[[socket.socket], socket.socket] | No
             server.socket = secure(server.socket)
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield server.server_address[1]
-        server.shutdown()
-        thread.join()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def check(port: int, **environ: str) -> int:
