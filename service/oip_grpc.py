@@ -9,6 +9,7 @@ import contextlib
 import logging
 import math
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -320,8 +321,12 @@ class _Calls(grpc.GenericRpcHandler):
         answer = record.answer = together(answers)
         response = _response(model, wanted, answers)
 
+        # Not by way of the model: gRPC keeps its last call until another comes, and all that it calls back.
+        learning = weakref.WeakMethod(model.engine.observe_way_out)
+
         def learn(_: object) -> None:
-            model.engine.observe_way_out(self._clock() - answer.served.settled_s)
+            if observe_way_out := learning():
+                observe_way_out(self._clock() - answer.served.settled_s)
 
         context.add_done_callback(learn)  # type: ignore[arg-type]  # the stub wants a class
         return response

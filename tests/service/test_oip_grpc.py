@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,19 @@ def outcomes(server: Running, **least: float) -> None:
     """Wait until so many requests are counted."""
     for outcome, n in least.items():
         server.wait_for(f'anytime_requests_total{{outcome="{outcome}"}}', n)
+
+
+def test_the_last_call_does_not_keep_a_version_that_is_replaced(
+    launch: Launcher, call: Callable[..., Caller], tmp_path: Path
+) -> None:
+    for version in ("7", "9"):
+        toy_artifact.write(tmp_path / "toy" / version, version)
+    server = launch(grpc_port=0, model_repository=tmp_path, profile_seconds=0.01, batch_sizes=BATCH_SIZES)
+    assert call(server).infer(asking()).model_version == "7"
+    replaced = weakref.ref(server.repository.model())
+    server.on_loop(server.repository.load("toy", "9"))
+    while replaced():
+        pass
 
 
 # ---- other people's clients ----
