@@ -56,7 +56,7 @@ N_LAST = 3
 """Rounds at the end in which no model changes: what requests add to the memory is not hidden by what models
 take and give back."""
 SETTLE_S = 2.0
-"""From the end of a round until the server is looked at: it gives memory back a second after a change."""
+"""From the last change until the server is looked at: a second after it, free memory is given back."""
 
 CALM_HZ, CALM_BUDGET_S = 50.0, 0.1
 """Some 5 % of what one core answers by the deepest column, and plenty of time."""
@@ -195,6 +195,7 @@ async def one_round(subject: Subject, n_requests: int, rate_hz: float, n_swaps: 
     seconds = time.monotonic() - begun_s
     is_quiet = await footprint.quiet(place, QUIET_LIMIT_S)
     counted = _counted(before, await footprint.metrics(place))
+    complaints += await storm.come_and_go(place)
     await asyncio.sleep(SETTLE_S)
     return verdict.round_of(
         notes,

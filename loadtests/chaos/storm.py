@@ -181,6 +181,16 @@ async def hold_up(server: Server, after_s: float) -> None:
         server.thaw()
 
 
+async def come_and_go(place: Place) -> list[str]:
+    """Load the small model and unload it; returns what was not as it should be.
+
+    After any change of its models a server gives back memory that is free. What it has then is what it holds,
+    and not the most that it ever needed at once.
+    """
+    told = [await over_http.change(place, place.other, verb, {}) for verb in ("load", "unload")]
+    return [f"{place.other}: {status} {text[:200]}" for status, text in told if status != "200"]
+
+
 async def changes(place: Place, shelf: Shelf, n_swaps: int) -> list[str]:
     """Load, swap and unload what can be, and try to load what cannot; returns what was not as it should be.
 
