@@ -98,7 +98,8 @@ class Processor(Protocol):
     ) -> asyncio.Future[NDArray[np.float32]]:
         """Begin a run; never raises. A brief one may be over on return: the caller can spare that time.
 
-        The future holds logits_NK, one finite row per image in the same order, or what the run raised.
+        The future holds logits_NK, one row per image in the same order, finite or NaN throughout; or what the
+        run raised.
         """
 
     def start_blank(self, column: str) -> asyncio.Future[NDArray[np.float32]]:
@@ -633,7 +634,7 @@ class Engine:
             if run.batch:
                 for request, logits_K in list(zip(run.batch, logits_NK, strict=True)):
                     if not request.settled.done():
-                        self._take_in(request, run.column, logits_K)
+                        self._take_in(request, run, logits_K)
                 ratio = self._profile.observe(run.column, len(run.batch), elapsed_s)
                 self._observe_run(run.column, len(run.batch), elapsed_s, ratio)
             self._health.succeeded(run.column)
@@ -648,12 +649,22 @@ class Engine:
                 self._break(why)
         self._advance()
 
-    def _take_in(self, request: Request, column: str, logits_K: NDArray[np.float32]) -> None:
-        columns_run = (*request.columns_run, column)
-        request.logits_K.append(logits_K)
-        request.probabilities_K = self._processor.combine(columns_run, request.logits_K)
-        request.confidence = float(request.probabilities_K.max())
-        request.columns_run = columns_run
+    def _take_in(self, request: Request, run: _Running, logits_K: NDArray[np.float32]) -> None:
+        columns_run = (*request.columns_run, run.column)
+        logits = [*request.logits_K, logits_K]
+        probabilities_K = self._processor.combine(columns_run, logits)
+        confidence = float(probabilities_K.max())
+        if math.isnan(confidence):  # its picture, not the run, is what the column cannot do
+            logger.error(
+                "Run %d, of column %s, gave no numbers for one of %d images.",
+                run.id,
+                run.column,
+                len(run.batch),
+            )
+            self._settle_with_what_there_is(request, "failed", "load")
+            return
+        request.logits_K, request.probabilities_K = logits, probabilities_K
+        request.confidence, request.columns_run = confidence, columns_run
         self._queue.add(request)
         if request.on_rung:
             request.on_rung(self._served(request, "answered", self._clock()))

@@ -195,8 +195,11 @@ class Inference:
     def run(self, column: str, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Run one column; returns logits_NK, one row per image in the same order.
 
+        The row of an image for which the column gives no numbers, or infinite ones, is NaN throughout: those
+        beside it are as good as ever.
+
         Raises:
-            InferenceError: the logits have another shape than asked for, or are not finite.
+            InferenceError: the logits have another shape than asked for, or no row is finite.
             DeviceLost: nothing will run any more.
         """
         n = len(images_NHWC)
@@ -211,9 +214,13 @@ class Inference:
             raise InferenceError(
                 f"column {column} gave logits of shape {logits_NK.shape} for {padded} images"
             )
+        logits_NK = logits_NK[:n]
         if not np.isfinite(logits_NK).all():
-            raise InferenceError(f"column {column} gave logits that are not finite")
-        return logits_NK[:n]
+            is_finite_N: NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(logits_NK), axis=1)
+            if not is_finite_N.any():
+                raise InferenceError(f"column {column} gave logits that are not finite")
+            logits_NK = np.where(is_finite_N[:, None], logits_NK, np.float32(np.nan))
+        return logits_NK
 
     def combine(
         self, columns_run: tuple[str, ...], logits_K: Sequence[NDArray[np.float32]]

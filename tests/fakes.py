@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Result = TypeVar("Result")
-Behaviour = Literal["good", "raises", "short", "hangs"] | Exception
+Behaviour = Literal["good", "raises", "short", "hangs", "nan"] | Exception
 
 N_CLASSES = 256
 
@@ -65,7 +65,7 @@ class FakeProcessor:
     Args:
         duration_s: By column and number of images.
         behaviours: How the runs behave, one after the other; those after the last are good. An exception is
-            what the run raises.
+            what the run raises; `nan` is a run that gives no numbers for the first image.
 
     A brief run is over on return, and the loop has stood still for it; `n_brief` counts them.
     """
@@ -104,6 +104,8 @@ class FakeProcessor:
             else:
                 logits_NK = np.zeros((len(identities), N_CLASSES), np.float32)
                 logits_NK[range(len(identities)), identities] = 5.0 + int(column)
+                if behaviour == "nan":
+                    logits_NK[0] = np.nan
                 done.set_result(logits_NK[1:] if behaviour == "short" else logits_NK)
 
         duration_s = self._duration_s(column, max(1, len(identities)))

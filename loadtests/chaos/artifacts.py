@@ -157,6 +157,7 @@ def _with_traps(graph: bytes, traps: list[Trap], turns: int) -> bytes:
         "trap/goes on": np.array(True),
         "trap/busy": np.eye(BUSY_SIDE, dtype=np.float32),
         "trap/flat": np.array([-1], np.int64),
+        "trap/column": np.array([-1, 1], np.int64),
     }
     nodes = [
         helper.make_node(
@@ -191,12 +192,16 @@ def _is_marked(trap: Trap) -> list[onnx.NodeProto]:
 
 
 def _harm(trap: Trap) -> list[onnx.NodeProto]:
-    """`<trap>/harm`, [1]: 0 if no picture is marked."""
+    """`<trap>/harm`: 0 if no picture is marked. NaN is for the marked picture alone, [N, 1]."""
     if trap == "nan":
-        return [_gathered(trap, "trap/nan", f"{trap}/number")]
+        return [
+            helper.make_node("Cast", [f"{trap}/marked"], [f"{trap}/place"], to=TensorProto.INT64),
+            helper.make_node("Gather", ["trap/nan", f"{trap}/place"], [f"{trap}/row"]),
+            helper.make_node("Reshape", [f"{trap}/row", "trap/column"], [f"{trap}/harm"]),
+        ]
     if trap != "stall":
         # From a list of one: the second element cannot be had, and onnxruntime says so.
-        return [_gathered(trap, "trap/nothing", f"{trap}/number")]
+        return [helper.make_node("Gather", ["trap/nothing", f"{trap}/number"], [f"{trap}/harm"])]
     turn = helper.make_graph(
         [
             helper.make_node("Identity", ["goes on"], ["still goes on"]),
@@ -222,10 +227,6 @@ def _harm(trap: Trap) -> list[onnx.NodeProto]:
         helper.make_node("Sub", [f"{trap}/max", "trap/most"], [f"{trap}/zero"]),
         helper.make_node("Reshape", [f"{trap}/zero", "trap/flat"], [f"{trap}/harm"]),
     ]
-
-
-def _gathered(trap: Trap, table: str, place: str) -> onnx.NodeProto:
-    return helper.make_node("Gather", [table, place], [f"{trap}/harm"])
 
 
 def _with_nan(graph: bytes) -> bytes:

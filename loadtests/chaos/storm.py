@@ -227,10 +227,10 @@ async def changes(place: Place, shelf: Shelf, n_swaps: int) -> list[str]:
 def complaints(notes: Sequence[Seen]) -> list[str]:
     """What callers complain about.
 
-    A run that fails fails for all who are in it: a request that failed is explained if a trap was sprung
-    while it was there.
+    A run that raises fails for all who are in it: a request that failed is explained if such a trap was
+    sprung while it was there. One that gives NaN for a picture fails for that one alone.
     """
-    sprung = [note for note in notes if note.kind.startswith(TRAP)]
+    sprung = [note for note in notes if note.kind.startswith(TRAP + "raise")]
     found = []
     for note in notes:
         if note.complaint:

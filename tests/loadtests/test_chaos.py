@@ -54,7 +54,8 @@ def test_only_marked_pictures_spring_a_trap(artifact: Path, trapped: Path, colum
             with pytest.raises(Exception, match="out of data bounds"):  # onnxruntime's have no public base
                 logits(trapped, column, marked_NHWC)
         elif trap == "nan":
-            assert np.isnan(logits(trapped, column, marked_NHWC)).all()
+            found_NK = logits(trapped, column, marked_NHWC)
+            assert np.isnan(found_NK).all(axis=1).tolist() == [False, True, False]
         else:
             np.testing.assert_array_equal(
                 logits(trapped, column, marked_NHWC), logits(artifact, column, marked_NHWC)
@@ -144,6 +145,9 @@ def test_a_failure_is_explained_by_a_trap_at_the_same_time_only() -> None:
     trap = seen("500", 10, 11, kind="trap: raise")
     assert storm.complaints([trap, seen("500", 10.5, 12), seen("INTERNAL", 9, 10.1)]) == []
     assert len(storm.complaints([trap, seen("500", 11.5, 12), seen("500", 8, 9)])) == 2
+    assert (
+        len(storm.complaints([replace(trap, kind="trap: nan", shares_runs=False), seen("500", 10, 11)])) == 1
+    )
     assert storm.complaints([seen("200", complaint="odd")]) == ["good: odd"]
 
 

@@ -379,6 +379,27 @@ async def test_a_failed_refinement_leaves_the_answer_in_hand() -> None:
 
 
 @in_virtual_time
+async def test_a_picture_for_which_a_column_has_no_numbers_fails_alone() -> None:
+    bench = Bench(behaviours=("nan", "nan"))
+    poisoned, other = bench.submit(1, 0.004), bench.submit(2, 0.004)
+    assert (await poisoned.settled).outcome == "failed"
+    served = await other.settled
+    assert served.probabilities_K is not None
+    assert (served.outcome, int(np.argmax(served.probabilities_K))) == ("answered", 2)
+    assert bench.processor.runs[0][2] == (1, 2)
+    assert bench.failed_runs == []
+
+
+@in_virtual_time
+async def test_a_refinement_without_numbers_leaves_the_answer_in_hand() -> None:
+    bench = Bench(behaviours=("good", "nan"))
+    served = await bench.submit(1, 0.050).settled
+    assert (served.outcome, served.columns_run, served.stopped_by) == ("answered", ("1",), "load")
+    assert served.probabilities_K is not None
+    assert np.isfinite(served.probabilities_K).all()
+
+
+@in_virtual_time
 async def test_a_stop_is_named_as_the_reason_only_where_it_is() -> None:
     bench = Bench()
     more_would_fit, nothing_fits = bench.submit(1, 0.050), bench.submit(2, 0.003)

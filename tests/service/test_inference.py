@@ -98,6 +98,15 @@ def test_unusable_logits_are_an_error(
         scripted(inference, ScriptedSession(answer)).run("1", IMAGES_NHWC[:2])
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_an_image_without_numbers_leaves_those_beside_it_theirs(inference: Inference, bad: float) -> None:
+    logits_NK = np.arange(15, dtype=np.float32).reshape(3, 5)
+    logits_NK[1, 2] = bad
+    found_NK = scripted(inference, ScriptedSession(lambda _: logits_NK)).run("1", IMAGES_NHWC[:3])
+    np.testing.assert_array_equal(found_NK[[0, 2]], logits_NK[[0, 2]])
+    assert np.isnan(found_NK[1]).all()
+
+
 def test_padding_reaches_the_next_size_and_never_the_caller(inference: Inference) -> None:
     session = ScriptedSession(lambda n: np.arange(n * 5, dtype=np.float32).reshape(n, 5))
     padded = scripted(inference, session, padded_sizes=(1, 4))
