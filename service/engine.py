@@ -661,7 +661,7 @@ class Engine:
                 run.column,
                 len(run.batch),
             )
-            self._settle_with_what_there_is(request, "failed", "load")
+            self._settle_with_what_there_is(request, "failed", reason="load")
             return
         request.logits_K, request.probabilities_K = logits, probabilities_K
         request.confidence, request.columns_run = confidence, columns_run
