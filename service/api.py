@@ -9,7 +9,7 @@ import logging
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
 
@@ -46,7 +46,7 @@ from service.errors import (
 from service.exchange import Exchange, Headers, Room, arrived_s, farewell, problem_document
 from service.logs import RequestLog
 from service.metrics import CONTENT_TYPE
-from service.models import Asked, Model, number, settled
+from service.models import Asked, number, settled
 from service.oip_http import EXCHANGE, RAW, OpenInference, error_document, infer_route
 from service.record import Answer, Journal, Record, current, trace_context
 from service.repository import Repository
@@ -64,6 +64,9 @@ PREDICT_PROBLEMS = (
     *(Rejected, HeadTooLarge, Failed, Stopped, Expired),
 )
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+N_KNOWN, MAX_KNOWN_BYTES = 512, 256
+"""How many choices of parameters are remembered as read, and how long each may be [bytes]."""
+
 PARAMETERS = ("budget_ms", "top_k", "min_confidence", "stream")
 
 
@@ -92,6 +95,7 @@ class Service:
         # The tracer first: a trace that begins here has its name then, also in the log.
         observers = [*([self._tracer.take] if self._tracer else []), RequestLog(settings).take]
         self._journal = Journal(repository.metrics, observers)
+        self._known_parameters = lru_cache(N_KNOWN)(self._parameters)
         self._oip = OpenInference(settings, repository, self._room, clock)
         self._app = self._routes()
         self._answer_all: ASGIApp = self._answer_one
@@ -260,7 +264,12 @@ class Service:
         if method != "POST":
             raise MethodNotAllowed(f"/predict takes POST, not {method}.", "POST")
         model = self._repository.model()
-        asked, stream = self._parameters(exchange, model)
+        query, headers = exchange.scope["query_string"], exchange.headers
+        budget, accept = headers.get(b"x-budget-ms"), headers.get(b"accept", b"")
+        is_short = len(query) + len(budget or b"") + len(accept) <= MAX_KNOWN_BYTES
+        # Most callers say the same all the time.
+        read = self._known_parameters if is_short else self._parameters
+        asked, stream = read(query, budget, accept, len(model.manifest.labels))
         record = exchange.record
         record.budget_s = asked.budget_s
         deadline_s = record.arrived_s + asked.budget_s
@@ -288,19 +297,20 @@ class Service:
                 record.answer = answer
             model.engine.observe_way_out(self._clock() - served.settled_s)
 
-    def _parameters(self, exchange: Exchange, model: Model) -> tuple[Asked, streaming.Format | None]:
+    def _parameters(
+        self, query: bytes, budget: bytes | None, accept: bytes, n_labels: int
+    ) -> tuple[Asked, streaming.Format | None]:
         """Read the query by hand: it is on every request's path, and each refusal names the bounds."""
         settings = self._settings
         asked: dict[str, str] = {}
-        query = exchange.scope["query_string"].decode("latin-1")
-        for name, value in parse_qsl(query, keep_blank_values=True):
+        for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
             if name not in PARAMETERS:
                 raise OutOfRange(f"Unknown parameter {name[:40]!r}: use {', '.join(PARAMETERS)}.")
             if name in asked:
                 raise OutOfRange(f"{name} is given twice: give it once.")
             asked[name] = value
-        if "budget_ms" not in asked and (header := exchange.headers.get(b"x-budget-ms")) is not None:
-            asked["budget_ms"] = header.decode("latin-1")
+        if "budget_ms" not in asked and budget is not None:
+            asked["budget_ms"] = budget.decode("latin-1")
         budget_ms = settings.default_budget_ms
         if "budget_ms" in asked:
             budget_ms = number(
@@ -308,13 +318,13 @@ class Service:
             )
         top_k = 1.0
         if "top_k" in asked:
-            top_k = number("top_k", asked["top_k"], 1, len(model.manifest.labels))
+            top_k = number("top_k", asked["top_k"], 1, n_labels)
             if not top_k.is_integer():
                 raise OutOfRange("top_k must be a whole number.")
         min_confidence = None
         if "min_confidence" in asked:
             min_confidence = number("min_confidence", asked["min_confidence"], 0, 1)
-        stream = streaming.chosen(asked.get("stream"), exchange.headers.get(b"accept", b""))
+        stream = streaming.chosen(asked.get("stream"), accept)
         return Asked(budget_ms / 1e3, int(top_k), min_confidence), stream
 
     @contextlib.asynccontextmanager

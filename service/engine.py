@@ -635,8 +635,8 @@ class Engine:
                 for request, logits_K in list(zip(run.batch, logits_NK, strict=True)):
                     if not request.settled.done():
                         self._take_in(request, run, logits_K)
-                ratio = self._profile.observe(run.column, len(run.batch), elapsed_s)
-                self._observe_run(run.column, len(run.batch), elapsed_s, ratio)
+                # When the answers are on their way: nobody waits for what is learnt.
+                self._call_soon(partial(self._learn, run, elapsed_s))
             self._health.succeeded(run.column)
         except (Exception, asyncio.CancelledError) as error:  # whatever a run raises fails this run alone
             logger.exception(
@@ -648,6 +648,10 @@ class Engine:
             if why := self._health.failed(run.column, error, is_final=isinstance(error, DeviceLost)):
                 self._break(why)
         self._advance()
+
+    def _learn(self, run: _Running, elapsed_s: float) -> None:
+        ratio = self._profile.observe(run.column, len(run.batch), elapsed_s)
+        self._observe_run(run.column, len(run.batch), elapsed_s, ratio)
 
     def _take_in(self, request: Request, run: _Running, logits_K: NDArray[np.float32]) -> None:
         columns_run = (*request.columns_run, run.column)

@@ -186,7 +186,7 @@ class Inference:
         self._padded_sizes = tuple(padded_sizes)
         self._combinations = {
             c.columns: (
-                np.array(c.weights, dtype=np.float32) / np.float32(c.temperature),
+                tuple(np.array(c.weights, dtype=np.float32) / np.float32(c.temperature)),
                 np.array(c.bias, dtype=np.float32),
             )
             for c in manifest.combinations
@@ -234,9 +234,11 @@ class Inference:
         if columns_run not in self._combinations:
             columns_run, logits_K = columns_run[-1:], logits_K[-1:]
         weights, bias = self._combinations[columns_run]
-        mixed_K = weights @ logits_K + bias
-        odds_K = np.exp(mixed_K - mixed_K.max())
-        probabilities_K: NDArray[np.float32] = odds_K / odds_K.sum()
+        mixed_K = bias
+        for weight, z_K in zip(weights, logits_K, strict=True):  # to stack a few rows takes longer than this
+            mixed_K = mixed_K + weight * z_K
+        odds_K = np.exp(mixed_K - np.maximum.reduce(mixed_K))
+        probabilities_K: NDArray[np.float32] = odds_K / np.add.reduce(odds_K)
         return probabilities_K
 
     def run_blank(self, column: str, n_images: int = 1) -> NDArray[np.float32]:

@@ -109,7 +109,7 @@ class Reserve:
 
     A caller with a small budget would lose much by certainty, one with a large budget next to nothing, and
     under load nearly every answer to the latter goes out in the last moment. So the reserve is a tenth of the
-    budget, but no less than four of five answers take, and no more than nearly all of them take.
+    budget, but no less than every other answer takes, and no more than nearly all of them take.
 
     Args:
         start_s: Before any answer was seen [s].
@@ -118,7 +118,7 @@ class Reserve:
     """
 
     SHARE = 0.1
-    LIKELY, SURE = 0.8, 0.98
+    LIKELY, SURE = 0.5, 0.98
     STEP = 0.05
     """Largest relative step from one answer to the next. Larger: follows faster, wavers more."""
 
@@ -198,21 +198,39 @@ class LiveProfile(LatencyProfile):
         """
         return self._measured[column][self.measured_size(n_images)]
 
-    def observe(self, column: str, n_images: int, run_s: float) -> float:
-        """Learn from one run; returns its time in units of the predicted median.
+    def latency(self, column: str, n_images: int) -> Latency:
+        """Predicted latency of a batch now, from the next measured size up.
 
-        Cost: some microseconds: every prediction is made anew.
+        Raises:
+            ValueError: as `LatencyProfile.latency`.
+
+        Cost: made when first asked for after each run; some of them never are.
         """
         size = self.measured_size(n_images)
-        predicted = self._latencies[column][size]
-        ratio = max(run_s, 1e-9) / predicted.median_s
+        now = self._latencies[column]
+        if size not in now:
+            measured, tail = self._measured[column][size], self._tail.value
+            factor = self.slowdown * math.exp(self._own_log[column][size])
+            median_s = measured.median_s * factor
+            now[size] = Latency(median_s, max(median_s, measured.high_s * factor * tail))
+        return now[size]
+
+    def items(self) -> Iterable[tuple[str, Mapping[int, Latency]]]:
+        """Every column with its predicted latencies by batch size."""
+        for column in self._measured:
+            yield column, {size: self.latency(column, size) for size in self.batch_sizes}
+
+    def observe(self, column: str, n_images: int, run_s: float) -> float:
+        """Learn from one run; returns its time in units of the predicted median."""
+        size = self.measured_size(n_images)
+        ratio = max(run_s, 1e-9) / self.latency(column, size).median_s
         self._tail.observe(ratio * self._spread(column, size))
         surprise = min(max(math.log(ratio), -self.CLIP), self.CLIP)
         bound = math.log(self.BOUND)
         self._shared_log = min(max(self._shared_log + self.SHARED_STEP * surprise, -bound), bound)
         own = self._own_log[column]
         own[size] = min(max(own[size] + self.OWN_STEP * surprise, -bound), bound)
-        self._predict()
+        self._forget_predictions()
         return ratio
 
     def fade(self, idle_s: float) -> None:
@@ -227,18 +245,13 @@ class LiveProfile(LatencyProfile):
         for own in self._own_log.values():
             for size in own:
                 own[size] *= keep
-        self._predict()
+        self._forget_predictions()
 
     def _spread(self, column: str, size: int) -> float:
         """Brings a ratio to the median to the scale on which 1 was the high quantile when it was measured."""
         measured = self._measured[column][size]
         return measured.median_s / measured.high_s
 
-    def _predict(self) -> None:
-        shared, tail = self.slowdown, self._tail.value
-        for column, by_size in self._measured.items():
-            own, now = self._own_log[column], self._latencies[column]
-            for size, measured in by_size.items():
-                factor = shared * math.exp(own[size])
-                median_s = measured.median_s * factor
-                now[size] = Latency(median_s, max(median_s, measured.high_s * factor * tail))
+    def _forget_predictions(self) -> None:
+        for now in self._latencies.values():
+            now.clear()

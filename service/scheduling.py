@@ -30,6 +30,9 @@ load."""
 OVERLOAD = 1.25
 """More than this many times of what can be served in the best batches is overload."""
 
+SCARCE = 1.0
+"""From this many times of what can be served in the best batches on, a run that is in vain costs another."""
+
 DEAR_ALONE = 2.0
 """An image that runs alone is dear if it takes this many times as long as one in the best batch."""
 
@@ -212,8 +215,10 @@ class Anytime:
     ) -> Admission:
         """As `Policy`: whether it can be promised column 1 in time.
 
-        Plays the queue through, with the batches that `plan` would form, up to the high quantile of when each
-        of them will be answered. In overload nobody is let in who has no time for the best batch.
+        Plays the queue through, with the batches that `plan` would form. Who is more likely to be in time
+        than not is let in as long as there is time for everybody; when there is not, up to the high quantile
+        of when each will be answered, because a run for one who is late is then taken from another. In
+        overload nobody is let in who has no time for the best batch.
 
         Cost: O(n) in waiting tickets without an answer; never blocks.
         """
@@ -222,7 +227,8 @@ class Anytime:
         place = bisect_right(before_s, ready_by_s)
         with_it_s = [*before_s[:place], ready_by_s, *before_s[place:]]
         least = _least_batch(ladder.shallowest, len(with_it_s), profile, traffic)
-        ends_s = _ends_of_column_1(with_it_s, start_s, profile, ladder, least)
+        is_scarce = traffic.rate_hz * _best_each_s(ladder.shallowest, profile) > SCARCE
+        ends_s = _ends_of_column_1(with_it_s, start_s, profile, ladder, least, is_sure=is_scarce)
         needs_s = max(ends_s[place] - now_s, profile.latency(ladder.shallowest, least).likely_s)
         if now_s + needs_s > ready_by_s:
             return Admission(is_accepted=False, needs_s=needs_s)
@@ -349,8 +355,10 @@ def _ends_of_column_1(
     profile: LatencyProfile,
     ladder: Ladder,
     least_batch: int = 1,
+    *,
+    is_sure: bool = True,
 ) -> list[float]:
-    """When column 1 is sure to be there for each of these deadlines (ascending).
+    """When column 1 is sure, or as likely as not, to be there for each of these deadlines (ascending).
 
     One after the other, runs take the sum of their medians; that they all take their high quantile at once is
     as unlikely as a series of sixes. What a single run may take longer adds up like independent errors do: as
@@ -362,12 +370,14 @@ def _ends_of_column_1(
         profile: Latency by column and batch size [s].
         ladder: Its shallowest column is the one.
         least_batch: Who has no time for a batch of this size, if so many wait, is past help.
+        is_sure: Up to the high quantile instead of the median.
 
     Returns:
         For one past help, on whom `plan` spends nothing: when it would be there if run next, or later.
     """
     column = ladder.shallowest
     alone = profile.latency(column, 1)
+    alone_s = alone.high_s if is_sure else alone.median_s
     ends_s: list[float] = []
     now_s, variance_s2 = start_s, 0.0
     n_queue = len(queue_s)
@@ -375,16 +385,16 @@ def _ends_of_column_1(
         slack_s = queue_s[len(ends_s)] - now_s
         n_left = n_queue - len(ends_s)
         if alone.median_s > slack_s:
-            ends_s.append(now_s + alone.high_s)
+            ends_s.append(now_s + alone_s)
             continue
         if profile.latency(column, min(least_batch, n_left)).median_s > slack_s:
-            ends_s.append(now_s + slack_s + alone.high_s)
+            ends_s.append(now_s + slack_s + alone_s)
             continue
         n = _worthwhile_batch(column, n_left, slack_s, profile)
         latency = profile.latency(column, n)
         now_s += latency.median_s
         variance_s2 += (latency.high_s - latency.median_s) ** 2
-        ends_s += [now_s + math.sqrt(variance_s2)] * n
+        ends_s += [now_s + (math.sqrt(variance_s2) if is_sure else 0.0)] * n
     return ends_s
 
 

@@ -413,8 +413,8 @@ class Settings(BaseSettings):
         0.8,
         gt=0.5,
         lt=1,
-        description="The high quantile of measured latencies that admission trusts. Larger: fewer late "
-        "answers, more 429.",
+        description="The high quantile of measured latencies that admission trusts when time is scarce. "
+        "Larger: fewer late answers, more 429.",
     )
     profile_cache: Path | None = Field(
         default_factory=platform_cache,
