@@ -45,6 +45,14 @@ class LatencyProfile:
             )
         self.batch_sizes = batch_sizes
         self._latencies = {column: dict(by_size) for column, by_size in latencies.items()}
+        self._best_batch: dict[str, tuple[float, int]] = {}
+
+    def best_batch(self, column: str) -> tuple[float, int]:
+        """Time per image in the batches that are cheapest per image [s], and their size."""
+        if (best := self._best_batch.get(column)) is None:
+            best = min((self.latency(column, size).median_s / size, size) for size in self.batch_sizes)
+            self._best_batch[column] = best
+        return best
 
     def latency(self, column: str, n_images: int) -> Latency:
         """Latency of a batch, from the next measured size up.
@@ -204,16 +212,17 @@ class LiveProfile(LatencyProfile):
         Raises:
             ValueError: as `LatencyProfile.latency`.
 
-        Cost: made when first asked for after each run; some of them never are.
+        Cost: made when first asked for after each run, and found from then on. A decision asks some fifty
+        times.
         """
-        size = self.measured_size(n_images)
         now = self._latencies[column]
-        if size not in now:
+        if (found := now.get(n_images)) is None:
+            size = self.measured_size(n_images)
             measured, tail = self._measured[column][size], self._tail.value
             factor = self.slowdown * math.exp(self._own_log[column][size])
             median_s = measured.median_s * factor
-            now[size] = Latency(median_s, max(median_s, measured.high_s * factor * tail))
-        return now[size]
+            found = now[n_images] = Latency(median_s, max(median_s, measured.high_s * factor * tail))
+        return found
 
     def items(self) -> Iterable[tuple[str, Mapping[int, Latency]]]:
         """Every column with its predicted latencies by batch size."""
@@ -253,5 +262,6 @@ class LiveProfile(LatencyProfile):
         return measured.median_s / measured.high_s
 
     def _forget_predictions(self) -> None:
+        self._best_batch.clear()
         for now in self._latencies.values():
             now.clear()

@@ -227,7 +227,7 @@ class Anytime:
         place = bisect_right(before_s, ready_by_s)
         with_it_s = [*before_s[:place], ready_by_s, *before_s[place:]]
         least = _least_batch(ladder.shallowest, len(with_it_s), profile, traffic)
-        is_scarce = traffic.rate_hz * _best_each_s(ladder.shallowest, profile) > SCARCE
+        is_scarce = traffic.rate_hz * profile.best_batch(ladder.shallowest)[0] > SCARCE
         ends_s = _ends_of_column_1(with_it_s, start_s, profile, ladder, least, is_sure=is_scarce)
         needs_s = max(ends_s[place] - now_s, profile.latency(ladder.shallowest, least).likely_s)
         if now_s + needs_s > ready_by_s:
@@ -340,13 +340,8 @@ def backlog_s(
     ladder: Ladder,
 ) -> float:
     """Predicted time until everyone who waits now has column 1, in the best batches [s from now]."""
-    each_s = _best_each_s(ladder.shallowest, profile)
+    each_s = profile.best_batch(ladder.shallowest)[0]
     return max(0.0, busy_until_s - now_s) + len(waiting.unanswered) * each_s
-
-
-def _best_each_s(column: str, profile: LatencyProfile) -> float:
-    """Time per image in the batches that are cheapest per image [s]."""
-    return min(profile.latency(column, size).median_s / size for size in profile.batch_sizes)
 
 
 def _ends_of_column_1(
@@ -440,6 +435,8 @@ def _part_with_the_hopeless(
     to gain are refined first, in the time that first answers leave over. One whose turn would come too late
     is sent its answer now rather than in the last moment.
     """
+    if not waiting.answered:
+        return (), {}
     finished = [(t, stopped_by(t, now_s, profile, ladder)) for t in waiting.answered.get(None, ())]
     refinable: _Refinable[TicketT] = {}
     best = []
@@ -448,7 +445,7 @@ def _part_with_the_hopeless(
             ways = ladder.improvements(*kind)
             rate, cost_s = max((way.gain / costs[way.added], costs[way.added]) for way in ways)
             best.append((rate, cost_s, min(costs[way.added] for way in ways), kind))
-    each_s = _best_each_s(ladder.shallowest, profile)
+    each_s = profile.best_batch(ladder.shallowest)[0]
     spare = max(LEAST_SPARE, 1 - traffic.rate_hz * each_s)
     turn_s = now_s
     for _, cost_s, least_s, kind in sorted(best, reverse=True):
@@ -507,8 +504,7 @@ def _least_batch(column: str, n_waiting: int, profile: LatencyProfile, traffic: 
     on a GPU, as soon as two of the best batches wait: earliest deadline first would serve everybody in the
     last moment, when there is time for one image only.
     """
-    best_n = min(profile.batch_sizes, key=lambda size: profile.latency(column, size).median_s / size)
-    each_s = profile.latency(column, best_n).median_s / best_n
+    each_s, best_n = profile.best_batch(column)
     is_dear_alone = profile.latency(column, 1).median_s > DEAR_ALONE * each_s
     is_overload = traffic.rate_hz * each_s > OVERLOAD
     return best_n if is_overload or (is_dear_alone and n_waiting >= 2 * best_n) else 1

@@ -165,6 +165,15 @@ def test_it_starts_with_what_was_measured() -> None:
     assert profile.latency("2", 4) == profile_of(MS, per_image=0.5, high=HIGH).latency("2", 4)
 
 
+def test_the_best_batch_is_the_cheapest_per_image_now() -> None:
+    profile = live()
+    assert profile.best_batch("1") == pytest.approx((0.001 * 2.5 / 4, 4))
+    profile.observe("1", 4, 0.01)
+    now = profile.latency("1", 4).median_s
+    assert profile.best_batch("1") == min((profile.latency("1", n).median_s / n, n) for n in (1, 2, 4))
+    assert now > 0.0025
+
+
 def test_it_learns_nothing_into_the_profile_that_it_was_given() -> None:
     measured = profile_of(MS)
     LiveProfile(measured, 0.95).observe("1", 1, 0.5)
