@@ -68,7 +68,7 @@ $(VENV)/cuda: $(VENV)/all
 
 # ---- use ----
 
-.PHONY: serve train export evaluate
+.PHONY: serve train export evaluate reproduce
 serve: $(VENV)/serve ## start the server (needs no torch); ARGS go to python -m service serve
 	$(call say,Starting the server: it loads the model$(,) measures this machine for a few seconds and says when it is ready. Ctrl-C stops it.)
 	@exec $(PY) -m service serve $(ARGS)
@@ -84,6 +84,10 @@ export: $(VENV)/all ## turn a checkpoint into an artifact; ARGS go to python -m 
 evaluate: $(VENV)/all ## measure accuracy and cost of every rung; ARGS go to python -m model.evaluate
 	$(call say,Evaluating.)
 	@exec $(PY) -m model.evaluate $(ARGS)
+
+reproduce: $(VENV)/all ## train the paper's networks and put their errors beside the paper's; ARGS go to python -m model.reproduce
+	$(call say,Reproducing the paper. Ctrl-C stops it$(,) the same command goes on.)
+	@exec $(PY) -m model.reproduce --page docs/results.md $(ARGS)
 
 .PHONY: load
 SCENARIO := steady
