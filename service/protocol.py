@@ -420,6 +420,11 @@ class StampedProtocol(HttpToolsProtocol):
             wait_s = self._bounds.header_timeout_s if self._is_in_head else self._all.keep_alive_s
             self._due_s = time.monotonic() + wait_s
 
+    @property
+    def has_whole_body(self) -> bool:
+        """Whether the request that is being served is here to its last byte."""
+        return self._serving is not None and not self._serving.more_body
+
     # ---- the end ----
 
     @property
