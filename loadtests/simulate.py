@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ class Machine:
         profile: Latency of runs; single runs vary around the median so that the high quantile comes out.
         before_s: From the arrival of a request until it is in the queue: reading and decoding [s].
         reserve_s: Kept free of every budget for the answer's way out, and taken by it [s].
+        preemption_s: How long a run goes on that is told to end; infinite where it cannot be told [s].
         stall_share: Share of runs that take `stall_factor` times as long.
         stall_factor: How many times longer those take.
     """
@@ -67,6 +69,7 @@ class Machine:
     profile: LatencyProfile
     before_s: float = 0.2e-3
     reserve_s: float = 0.4e-3
+    preemption_s: float = math.inf
     stall_share: float = 0.0
     stall_factor: float = 50.0
 
@@ -85,16 +88,21 @@ class _Request(Ticket):
 class _Replica:
     """One server: a queue, and at most one run."""
 
-    __slots__ = ("batch", "busy_until_s", "column", "monitor", "n", "profile", "queue", "started_s")
+    __slots__ = (
+        *("batch", "busy_until_s", "column", "end", "is_preempted", "monitor", "profile", "queue"),
+        "started_s",
+    )
 
     def __init__(self, machine: Machine, ladder: Ladder) -> None:
         self.queue: Queue[_Request] = Queue(ladder)
         self.monitor = TrafficMonitor()
-        self.profile = LiveProfile(machine.profile, QUANTILE)
+        self.profile = LiveProfile(machine.profile, QUANTILE, preemption_s=machine.preemption_s)
         self.batch: tuple[_Request, ...] = ()
         self.column = ""
         self.started_s = self.busy_until_s = 0.0
-        self.n = 0
+        self.end = -1
+        """The number of the event that will end the run; others were to be before it was preempted."""
+        self.is_preempted = False
 
 
 class Simulation:
@@ -133,6 +141,7 @@ class Simulation:
         self._choose = self._balancer(balance)
         self._noise: list[float] = []
         self._ends: list[tuple[float, int, int]] = []
+        self._n_ends = 0
 
     def run(self, arrivals: Arrivals) -> Record:
         """Play it.
@@ -159,18 +168,31 @@ class Simulation:
         replica = self._replicas[place]
         _drop_expired(replica, now_s)
         replica.monitor.arrived(now_s, request.ready_by_s - now_s)
-        admission = self._policy.admit(
+        admit = partial(
+            self._policy.admit,
             request.ready_by_s,
             now_s,
-            replica.busy_until_s,
-            replica.queue,
-            replica.profile,
-            self._ladder,
-            replica.monitor.traffic(now_s),
+            waiting=replica.queue,
+            profile=replica.profile,
+            ladder=self._ladder,
+            traffic=replica.monitor.traffic(now_s),
         )
+        admission = admit(busy_until_s=replica.busy_until_s)
+        sooner_s = now_s + replica.profile.preemption_s
+        preempts = (
+            now_s + admission.needs_s > request.ready_by_s
+            and sooner_s < replica.busy_until_s
+            and not replica.is_preempted
+            and all(other.columns_run for other in replica.batch)
+        )
+        if preempts:
+            admission = admit(busy_until_s=sooner_s)
         if not admission.is_accepted:
             self._outcome[request.index] = "rejected"
             return
+        if preempts and replica.batch:
+            replica.is_preempted, replica.busy_until_s = True, sooner_s
+            self._end_at(sooner_s, place)
         replica.queue.add(request)
         if not replica.batch:
             self._advance(place, now_s)
@@ -194,20 +216,31 @@ class Simulation:
         replica.busy_until_s = now_s + replica.profile.latency(plan.column, n).likely_s
         factor = self._slowed if place == 0 else 1.0
         end_s = now_s + factor * self._run_s(self._machine.profile.latency(plan.column, n))
-        heapq.heappush(self._ends, (end_s, replica.n, place))
-        replica.n += 1
+        self._end_at(end_s, place)
+
+    def _end_at(self, end_s: float, place: int) -> None:
+        """Have the run of this replica end then, and at no other time."""
+        self._n_ends += 1
+        self._replicas[place].end = self._n_ends
+        heapq.heappush(self._ends, (end_s, self._n_ends, place))
 
     def _finish_until(self, now_s: float) -> None:
         """End every run that ends by now, and let its replica go on."""
         while self._ends and self._ends[0][0] <= now_s:
-            end_s, _, place = heapq.heappop(self._ends)
+            end_s, number, place = heapq.heappop(self._ends)
             replica = self._replicas[place]
-            batch, column = replica.batch, replica.column
-            replica.batch = ()
-            replica.profile.observe(column, len(batch), end_s - replica.started_s)
+            if number != replica.end:
+                continue
+            batch, column, is_preempted = replica.batch, replica.column, replica.is_preempted
+            replica.batch, replica.is_preempted = (), False
+            if not is_preempted:
+                replica.profile.observe(column, len(batch), end_s - replica.started_s)
             for request in batch:
                 if request.columns_run and end_s > request.ready_by_s:
                     self._settle(request, request.ready_by_s)
+                    continue
+                if is_preempted:
+                    replica.queue.add(request)
                     continue
                 request.columns_run += (column,)
                 request.confidence = self._confidence[request.columns_run][request.image]
@@ -374,7 +407,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcomes = Offline(chosen.artifact, images_NHWC).outcomes(labels)
     else:
         outcomes = Outcomes.made_up(manifest, N_MADE_UP, chosen.seed)
-    machine = Machine(read_profile(chosen.profile), stall_share=chosen.stalls)
+    preemption_s = math.inf if chosen.profile == "gpu" else chosen.preemption_ms / 1e3
+    machine = Machine(read_profile(chosen.profile), preemption_s=preemption_s, stall_share=chosen.stalls)
     ladder = ladder_of(manifest)
     rate_hz = machine.capacity_hz(ladder.shallowest) * chosen.replicas
     print(f"Load 1 is {rate_hz:.0f} requests/s: column 1 alone, in the batches that are cheapest per image.")
@@ -447,6 +481,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--balance", choices=BALANCES, default="power-of-two", help="how it chooses one")
     parser.add_argument("--slowed", type=float, default=1.0, help="runs on the first replica take so long")
     parser.add_argument("--stalls", type=float, default=0.0, help="share of runs that take 50 times as long")
+    parser.add_argument(
+        "--preemption-ms",
+        type=float,
+        default=0.3,
+        help="how long a run goes on that is told to end, on a CPU",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write PATH.md and PATH.svg")
     return parser

@@ -161,7 +161,7 @@ class Service:
     def _record(self, scope: Scope, headers: Mapping[bytes, bytes]) -> Record:
         return Record(
             self._journal.name(headers.get(b"x-request-id")),
-            arrived_s(scope, self._clock()),
+            arrived_s(scope, self._clock()) - self._settings.network_ms / 1e3,
             scope["method"],
             scope["path"],
             scope.get("scheme", "http"),
@@ -289,8 +289,9 @@ class Service:
                 try:
                     with exchange.called_when_gone(leave):
                         served = await settled(request)
-                finally:
+                except BaseException:
                     leave()
+                    raise
                 answer = Answer(served, decode_s)
                 document, _ = model.document(answer, asked)
                 await exchange.respond(200, ANSWER_HEADERS, document)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from service import scheduling
 from service.errors import STOPPING, Outcome, Reason, Rejected, Stopped
 from service.health import Health
-from service.inference import Inference
+from service.inference import Inference, Preempted, Preemption
 from service.ladder import Ladder
 from service.latency import LiveProfile, Reserve
 from service.providers import DeviceLost
@@ -105,6 +105,12 @@ class Processor(Protocol):
     def start_blank(self, column: str) -> asyncio.Future[NDArray[np.float32]]:
         """Begin a run on one black picture, for nobody; otherwise as `start`."""
 
+    def preempt(self) -> None:
+        """Have the run in progress end soon: its future then holds `Preempted`, or a result all the same.
+
+        Never called where the profile's `preemption_s` is infinite.
+        """
+
     def combine(
         self, columns_run: tuple[str, ...], logits_K: Sequence[NDArray[np.float32]]
     ) -> NDArray[np.float32]:
@@ -126,6 +132,7 @@ class InferenceThread:
         self._inference = inference
         self._niceness = niceness if sys.platform == "linux" else 0
         self._work: SimpleQueue[_Work | None] = SimpleQueue()
+        self._preemption = Preemption()
         self._keeps_inference = False
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self._thread.start()
@@ -135,10 +142,8 @@ class InferenceThread:
         self, column: str, images_HWC: Sequence[NDArray[np.uint8]], *, is_brief: bool = False
     ) -> asyncio.Future[NDArray[np.float32]]:
         """Begin a run in the thread, or have it done at once if it is brief."""
-
-        def call() -> NDArray[np.float32]:
-            return self._inference.run(column, np.stack(images_HWC))
-
+        self._preemption = Preemption()
+        call = partial(self._inference.run, column, _together(images_HWC), self._preemption)
         if not is_brief:
             return self._submit(call)
         done: asyncio.Future[NDArray[np.float32]] = asyncio.get_running_loop().create_future()
@@ -151,6 +156,10 @@ class InferenceThread:
     def start_blank(self, column: str) -> asyncio.Future[NDArray[np.float32]]:
         """Begin a run on one black picture in the thread."""
         return self._submit(partial(self._inference.run_blank, column))
+
+    def preempt(self) -> None:
+        """Have the run in progress end between two nodes of its graph."""
+        self._preemption.demand()
 
     async def warm_up(self, batch_sizes: Sequence[int]) -> None:
         """`Inference.warm_up` in the thread that will serve.
@@ -191,6 +200,11 @@ class InferenceThread:
             del work, call, done, settle  # an error holds this frame, and with it what the run needed
         if not self._keeps_inference:
             self._inference.close()  # here, because it may wait for others on the GPU
+
+
+def _together(images_HWC: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """One array of them; of a single one a view, since stacking takes as long as a tenth of a column."""
+    return images_HWC[0][np.newaxis] if len(images_HWC) == 1 else np.stack(images_HWC)
 
 
 def _set(done: asyncio.Future[Result], result: Result) -> None:
@@ -237,6 +251,16 @@ class _Running:
         return Run(self.id, self.column, len(self.batch), self.predicted_s, self.started_s, ended_s)
 
 
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """An admission: whose, after which change of the queue, until when it holds, if a run must make way."""
+
+    deadline_s: float
+    n_changes: int
+    until_s: float
+    preempts: bool
+
+
 class Engine:
     """The queue of one artifact.
 
@@ -252,6 +276,7 @@ class Engine:
             every
             run that did not fail.
         observe_failed_run: Told the column of every run that did fail.
+        observe_preempted_run: Told the column of every run that was preempted before it had a result.
         observe_saved: Told the predicted time of the columns that a caller who left will not need [s].
         observe_broken: Told, once, why no run will succeed any more; nobody is taken in from then on.
         health: Judges that by the runs that fail.
@@ -277,6 +302,7 @@ class Engine:
         call_soon: Callable[[Callable[[], None]], object],
         observe_run: Callable[[str, int, float, float], None],
         observe_failed_run: Callable[[str], None],
+        observe_preempted_run: Callable[[str], None],
         observe_saved: Callable[[float], None],
         observe_broken: Callable[[str], None],
         health: Health,
@@ -296,6 +322,7 @@ class Engine:
         self._call_soon = call_soon
         self._observe_run = observe_run
         self._observe_failed_run = observe_failed_run
+        self._observe_preempted_run = observe_preempted_run
         self._observe_saved = observe_saved
         self._observe_broken = observe_broken
         self._health = health
@@ -308,6 +335,7 @@ class Engine:
         self._queue: Queue[Request] = Queue(ladder)
         self._traffic = TrafficMonitor()
         self._running: _Running | None = None
+        self._preempted_s: float | None = None
         self._n_runs = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -315,8 +343,7 @@ class Engine:
         self._n_changes = 0
         self._is_advance_due = False
         self._learnt_s = self._rests_since_s = clock()
-        self._judged: tuple[float, int] | None = None
-        self._judged_until_s = 0.0
+        self._judged = _Judged(-math.inf, 0, 0.0, preempts=False)
         self._watching: Cancellable | None = None
         self._warming: Cancellable | None = None
         if keep_warm_s:
@@ -361,22 +388,29 @@ class Engine:
         if self._is_stopping:
             raise Stopped(STOPPING)
         now_s = self._clock()
-        n_unanswered = len(self._queue.unanswered) + sum(
-            not (request.columns_run or request.settled.done()) for request in self._in_run()
-        )
+        n_unanswered = len(self._queue.unanswered)
+        for request in self._in_run():
+            n_unanswered += not (request.columns_run or request.settled.done())
         ready_by_s = deadline_s - self._reserve.of(deadline_s - arrived_s)
         if n_unanswered >= self._max_waiting:
             self._traffic.arrived(now_s, ready_by_s - now_s)
             raise self.refusal(f"{n_unanswered} requests wait for their first answer: retry later.", "load")
-        admission = self._policy.admit(
+        admit = partial(
+            self._policy.admit,
             ready_by_s,
             now_s,
-            self._busy_until_s(now_s),
-            self._queue,
-            self._profile,
-            self._ladder,
-            self._traffic.traffic(now_s),
+            waiting=self._queue,
+            profile=self._profile,
+            ladder=self._ladder,
+            traffic=self._traffic.traffic(now_s),
         )
+        free_s = self._busy_until_s(now_s)
+        admission = admit(busy_until_s=free_s)
+        sooner_s = now_s + self._profile.preemption_s
+        preempts = now_s + admission.needs_s > ready_by_s and sooner_s < free_s and self._is_preemptible
+        if preempts:
+            free_s = sooner_s
+            admission = admit(busy_until_s=free_s)
         if not admission.is_accepted:
             self._doubt(now_s)
             self._traffic.arrived(now_s, ready_by_s - now_s)
@@ -384,8 +418,8 @@ class Engine:
                 self._why_not_in_time(arrived_s, deadline_s, now_s, admission.needs_s),
                 self._reason(arrived_s, deadline_s, now_s, spent_on),
             )
-        self._judged = (deadline_s, self._n_changes)
-        self._judged_until_s = max(ready_by_s - admission.needs_s, self._busy_until_s(now_s))
+        until_s = max(ready_by_s - admission.needs_s, free_s)
+        self._judged = _Judged(deadline_s, self._n_changes, until_s, preempts)
 
     def _why_not_in_time(self, arrived_s: float, deadline_s: float, now_s: float, needs_s: float) -> str:
         """One sentence; retrying is advised only to one whose budget would do on an idle server."""
@@ -422,7 +456,35 @@ class Engine:
         return self._running.batch if self._running else ()
 
     def _busy_until_s(self, now_s: float) -> float:
+        if self._preempted_s is not None:
+            return self._preempted_s + self._profile.preemption_s
         return self._running.busy_until_s if self._running else now_s
+
+    @property
+    def _is_preemptible(self) -> bool:
+        """A run is in progress in which nobody waits for a first answer, and which has not been preempted."""
+        batch = self._in_run()
+        return (
+            self._preempted_s is None
+            and bool(batch)
+            and all(r.columns_run or r.settled.done() for r in batch)
+        )
+
+    @property
+    def _is_in_vain(self) -> bool:
+        """A run that could be preempted is in progress, and nobody waits for it any more."""
+        batch = self._in_run()
+        return (
+            self._preempted_s is None
+            and self._profile.preemption_s < math.inf
+            and bool(batch)
+            and all(request.settled.done() for request in batch)
+        )
+
+    def _preempt(self) -> None:
+        """Have the run in progress make way; whoever still wants it waits for another."""
+        self._preempted_s = self._clock()
+        self._processor.preempt()
 
     def _make_room(self) -> None:
         """An answer for a newcomer is worth more than a better one for somebody else."""
@@ -471,7 +533,8 @@ class Engine:
         # Not judged twice if nothing has happened in here since it was judged before its picture was decoded,
         # unless decoding took so long that a run can no longer start in time.
         now_s = self._clock()
-        if self._judged != (deadline_s, self._n_changes) or now_s > self._judged_until_s:
+        judged = self._judged
+        if judged.deadline_s != deadline_s or judged.n_changes != self._n_changes or now_s > judged.until_s:
             self.check_admission(arrived_s, deadline_s, spent_on="decode")
         self._make_room()
         request = Request(
@@ -489,6 +552,8 @@ class Engine:
         request.timer = self._call_at(request.ready_by_s, partial(self._ready_or_never, request))
         self._queue.add(request)
         self._n_changes += 1
+        if self._judged.preempts:
+            self._preempt()
         if self._running is None and not self._is_advance_due:
             # Not at once: whoever was read in the same turn of the event loop can join the first run.
             self._is_advance_due = True
@@ -572,12 +637,20 @@ class Engine:
             self._watching = self._call_at(now_s + self._run_timeout_s, self._watch)
         if batch:
             images_HWC = [request.image_HWC for request in batch]
-            # With others waiting, the thread runs them while the event loop reads and answers.
-            is_brief = predicted.median_s <= self._brief_s and not self._queue.unanswered
+            # With others waiting, the thread runs them while the event loop reads and answers. So it does
+            # with refinements, which somebody may come and preempt.
+            is_brief = (
+                predicted.median_s <= self._brief_s
+                and not self._queue.unanswered
+                and not batch[0].columns_run
+            )
             done = self._processor.start(column, images_HWC, is_brief=is_brief)
         else:
             done = self._processor.start_blank(column)
-        done.add_done_callback(partial(self._finish, self._running))
+        if done.done():
+            self._finish(self._running, done)
+        else:
+            done.add_done_callback(partial(self._finish, self._running))
 
     def _keep_warm(self) -> None:
         """Run something, if nothing has run for a while; and come back."""
@@ -615,18 +688,23 @@ class Engine:
         now_s = self._clock()
         elapsed_s = now_s - run.started_s
         self._running = None
+        if self._preempted_s is not None:
+            self._profile.observe_preemption(now_s - self._preempted_s)
+            self._preempted_s = None
         self._rests_since_s = now_s
         self._learnt_s = now_s if run.batch else self._learnt_s
         self._idle.set()
-        alone = self._profile.latency(run.column, 1).median_s
-        together = self._profile.latency(run.column, len(run.batch)).median_s
+        share = 0.0
+        if len(run.batch) > 1:
+            alone_s = self._profile.latency(run.column, 1).median_s
+            share = max(0.0, 1 - alone_s / self._profile.latency(run.column, len(run.batch)).median_s)
         for request in self._queue:
             request.lost_s += _overlap_s(request, run, now_s)
         ended = run.until(now_s)
         for request in run.batch:
             request.runs.append(ended)
             request.inference_s += elapsed_s
-            request.lost_s += elapsed_s * max(0.0, 1 - alone / together)
+            request.lost_s += elapsed_s * share
             request.waiting_since_s = now_s
         try:
             # All pairs before the first is used: rows of a result that is too short may be anyone's.
@@ -638,6 +716,11 @@ class Engine:
                 # When the answers are on their way: nobody waits for what is learnt.
                 self._call_soon(partial(self._learn, run, elapsed_s))
             self._health.succeeded(run.column)
+        except Preempted:
+            self._observe_preempted_run(run.column)
+            for request in [one for one in run.batch if not one.settled.done()]:
+                request.lost_s += elapsed_s
+                self._queue.add(request)
         except (Exception, asyncio.CancelledError) as error:  # whatever a run raises fails this run alone
             logger.exception(
                 "Run %d, of column %s for %d images, failed.", run.id, run.column, len(run.batch)
@@ -705,12 +788,15 @@ class Engine:
         if request in self._queue:
             self._queue.remove(request)
             request.queue_s += now_s - request.waiting_since_s
-        elif self._running and request in self._running.batch:
+        elif request in self._in_run():
+            assert self._running is not None  # noqa: S101 - for the type checker: there is a batch
             request.inference_s += now_s - self._running.started_s
             request.runs.append(self._running.until(now_s))
         if request.settled.done():
             return
         request.settled.set_result(self._served(request, outcome, now_s, stopped_by))
+        if self._is_in_vain:
+            self._preempt()
 
     def _served(
         self, request: Request, outcome: Outcome, now_s: float, stopped_by: StoppedBy | None = None

@@ -22,7 +22,6 @@ Refuse = Callable[[str, Reason], Rejected]
 """Makes a refusal from a sentence for the caller and from what took the time."""
 
 PROBLEM_HEADER = (b"content-type", b"application/problem+json")
-AT_ONCE = contextlib.nullcontext()
 CLOSE: Headers = ((b"connection", b"close"),)
 
 
@@ -75,6 +74,10 @@ class Exchange:
 
     async def respond(self, status: int, headers: Headers, body: bytes) -> None:
         """Send a whole response."""
+        connection = self._connection
+        if connection and connection.answer(self.send, status, (*headers, self.request_id), body):
+            self.record.status = status
+            return
         await self.start(status, [*headers, (b"content-length", b"%d" % len(body))])
         await self.send({"type": "http.response.body", "body": body})
 
@@ -121,28 +124,14 @@ class Exchange:
         if declared.isdigit() and int(declared) > limit:
             raise _too_large(limit)
         timeout_s, left_s = settings.body_timeout_s, deadline_s - clock()
-        body = bytearray()
         try:
-            async with AT_ONCE if self._is_body_here() else asyncio.timeout(min(left_s, timeout_s)):
-                while True:
-                    message = await self.receive()
-                    if message["type"] == "http.disconnect":
-                        raise CallerGone
-                    part = message.get("body", b"")
-                    self.record.n_body_bytes += len(part)
-                    if len(body) + len(part) > limit:
-                        raise _too_large(limit)
-                    self._take(room, len(part), refuse)
-                    body += part
-                    if not message.get("more_body"):
-                        break
-                encoding = self.headers.get(b"content-encoding", b"").decode("latin-1")
-                if not encoding:
-                    return bytes(body)
-                # In a thread: a few kilobytes may become as many as are allowed.
-                undone = await asyncio.to_thread(compression.undo, encoding, bytes(body), limit)
-                self._take(room, len(undone), refuse)
-                return undone
+            connection = self._connection
+            if connection and connection.has_whole_body and b"content-encoding" not in self.headers:
+                body = connection.take_body()  # nothing is to be waited for, so no timer is needed
+                self._count(len(body), len(body), limit, room, refuse)
+                return body
+            async with asyncio.timeout(min(left_s, timeout_s)):
+                return await self._awaited_body(limit, room, refuse)
         except TimeoutError as error:
             if left_s <= timeout_s:
                 raise refuse(
@@ -153,10 +142,37 @@ class Exchange:
         finally:
             self.record.body_ended_s = clock()
 
-    def _is_body_here(self) -> bool:
-        """Nothing is to be waited for: a timer would cost more than reading the body."""
+    async def _awaited_body(self, limit: int, room: Room, refuse: Refuse) -> bytes:
+        body = bytearray()
+        is_last = False
+        while not is_last:
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                raise CallerGone
+            part = message.get("body", b"")
+            self._count(len(part), len(body) + len(part), limit, room, refuse)
+            body += part
+            is_last = not message.get("more_body")
+        encoding = self.headers.get(b"content-encoding", b"").decode("latin-1")
+        if not encoding:
+            return bytes(body)
+        # In a thread: a few kilobytes may become as many as are allowed.
+        undone = await asyncio.to_thread(compression.undo, encoding, bytes(body), limit)
+        self._take(room, len(undone), refuse)
+        return undone
+
+    def _count(self, n_bytes: int, n_all_bytes: int, limit: int, room: Room, refuse: Refuse) -> None:
+        """Take a part of the body in."""
+        self.record.n_body_bytes += n_bytes
+        if n_all_bytes > limit:
+            raise _too_large(limit)
+        self._take(room, n_bytes, refuse)
+
+    @property
+    def _connection(self) -> StampedProtocol | None:
+        """What the request came through; None under another server than our own."""
         connection: StampedProtocol | None = self.scope.get(CONNECTION)
-        return bool(connection and connection.has_whole_body and b"content-encoding" not in self.headers)
+        return connection
 
     def _take(self, room: Room, n_bytes: int, refuse: Refuse) -> None:
         if not room.take(n_bytes):
@@ -171,7 +187,7 @@ class Exchange:
 
         Any server says so to a task that waits for it; our own protocol does without one.
         """
-        connection: StampedProtocol | None = self.scope.get(CONNECTION)
+        connection = self._connection
         if connection is None:
             watcher = asyncio.create_task(_leave_when_gone(self.receive, leave))
             try:

@@ -20,6 +20,8 @@ from service.ladder import ConfidenceTable, Ladder
 from service.providers import GPU_DEFAULTS, BoundSession, GpuOptions, GraphError, Provider, ProviderError
 
 INPUT_NAME, OUTPUT_NAME = "images_NHWC", "logits_NK"
+FATAL = 4
+"""onnxruntime's severity above that of an error."""
 N_WARM_UP_RUNS = 3
 """The first run of a shape allocates and, on CUDA, chooses algorithms; the second may still grow."""
 
@@ -34,6 +36,31 @@ class ProviderUnavailable(ArtifactError):
 
 class InferenceError(Exception):
     """A run gave no usable logits: their shape or their values were wrong."""
+
+
+class Preempted(Exception):
+    """A run was told to end before it had a result."""
+
+
+class Preemption:
+    """Lets another thread end one run before it has a result: on a CPU, between two nodes of its graph.
+
+    Source: onnxruntime's executor looks at `terminate` before each node; once set it stays, so that every run
+    needs its own.
+    """
+
+    def __init__(self) -> None:
+        self.options = onnxruntime.RunOptions()
+        self.options.log_severity_level = FATAL  # otherwise each preemption is logged as a failed run
+
+    def demand(self) -> None:
+        """Have the run end."""
+        self.options.terminate = True
+
+    @property
+    def is_demanded(self) -> bool:
+        """The run is to end."""
+        return bool(self.options.terminate)
 
 
 def _plain_file_name(name: str) -> str:
@@ -151,8 +178,10 @@ class Manifest(_Part):
 class Session(Protocol):
     """The one method of `onnxruntime.InferenceSession` that a run needs."""
 
-    def run(self, output_names: list[str], inputs: dict[str, NDArray[np.uint8]], /) -> Sequence[Any]:
-        """Compute the named outputs."""
+    def run(
+        self, output_names: list[str], inputs: dict[str, NDArray[np.uint8]], options: Any = None, /
+    ) -> Sequence[Any]:
+        """Compute the named outputs; options are given on a CPU only."""
 
 
 class Inference:
@@ -192,7 +221,14 @@ class Inference:
             for c in manifest.combinations
         }
 
-    def run(self, column: str, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+    @property
+    def is_preemptible(self) -> bool:
+        """Whether a run can be ended early. On a GPU it cannot: what was launched there runs to its end."""
+        return self.provider == "cpu"
+
+    def run(
+        self, column: str, images_NHWC: NDArray[np.uint8], preemption: Preemption | None = None
+    ) -> NDArray[np.float32]:
         """Run one column; returns logits_NK, one row per image in the same order.
 
         The row of an image for which the column gives no numbers, or infinite ones, is NaN throughout: those
@@ -200,6 +236,7 @@ class Inference:
 
         Raises:
             InferenceError: the logits have another shape than asked for, or no row is finite.
+            Preempted: that was demanded, and came before the end.
             DeviceLost: nothing will run any more.
         """
         n = len(images_NHWC)
@@ -207,9 +244,7 @@ class Inference:
         if padded > n:
             padding = np.zeros((padded - n, *images_NHWC.shape[1:]), np.uint8)
             images_NHWC = np.concatenate([images_NHWC, padding])
-        logits_NK: NDArray[np.float32] = self._sessions[column].run([OUTPUT_NAME], {INPUT_NAME: images_NHWC})[
-            0
-        ]
+        logits_NK = self._logits(column, images_NHWC, preemption)
         if logits_NK.shape != (padded, len(self.manifest.labels)):
             raise InferenceError(
                 f"column {column} gave logits of shape {logits_NK.shape} for {padded} images"
@@ -220,6 +255,22 @@ class Inference:
             if not is_finite_N.any():
                 raise InferenceError(f"column {column} gave logits that are not finite")
             logits_NK = np.where(is_finite_N[:, None], logits_NK, np.float32(np.nan))
+        return logits_NK
+
+    def _logits(
+        self, column: str, images_NHWC: NDArray[np.uint8], preemption: Preemption | None
+    ) -> NDArray[np.float32]:
+        session, inputs = self._sessions[column], {INPUT_NAME: images_NHWC}
+        logits_NK: NDArray[np.float32]
+        if preemption is None or not self.is_preemptible:
+            [logits_NK] = session.run([OUTPUT_NAME], inputs)
+            return logits_NK
+        try:
+            [logits_NK] = session.run([OUTPUT_NAME], inputs, preemption.options)
+        except Exception as error:  # onnxruntime's own exceptions have no public base class
+            if preemption.is_demanded:
+                raise Preempted from error
+            raise
         return logits_NK
 
     def combine(

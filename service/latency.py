@@ -37,6 +37,9 @@ class LatencyProfile:
             them.
     """
 
+    preemption_s: float = math.inf
+    """How long a run goes on that is told to end [s]; infinite where it cannot be told."""
+
     def __init__(self, latencies: Mapping[str, Mapping[int, Latency]]) -> None:
         sizes = {tuple(sorted(by_size)) for by_size in latencies.values()}
         if len(sizes) != 1 or not (batch_sizes := sizes.pop()) or batch_sizes[0] != 1:
@@ -167,6 +170,8 @@ class LiveProfile(LatencyProfile):
     Args:
         measured: Where to start.
         quantile: Which quantile is called high.
+        preemption_s: How long a run goes on that is told to end, before that was ever seen; infinite where it
+            cannot be told [s]. Its high quantile is learnt.
 
     Source: a slowdown shared by all configurations is the idea of Wan et al., "ALERT", USENIX ATC 2020 (there
     with a Kalman filter); steps are clipped here, so that one run of 50 times its time counts as one slow
@@ -185,9 +190,15 @@ class LiveProfile(LatencyProfile):
     """How long what was learnt lasts when nothing is run [s]. Larger: wary for longer after a slow moment."""
     BOUND = 100.0
     """No slowdown or residue beyond this factor, either way."""
+    LEAST_S, MOST_S = 5e-5, 0.1
+    """Bounds of what a preemption takes."""
 
-    def __init__(self, measured: LatencyProfile, quantile: float) -> None:
+    def __init__(self, measured: LatencyProfile, quantile: float, *, preemption_s: float = math.inf) -> None:
         super().__init__(dict(measured.items()))
+        self.preemption_s = preemption_s
+        self._preemption = Quantile(
+            preemption_s, quantile=quantile, step=self.TAIL_STEP, least=self.LEAST_S, most=self.MOST_S
+        )
         self._measured = {column: dict(by_size) for column, by_size in measured.items()}
         self._own_log = {column: dict.fromkeys(by_size, 0.0) for column, by_size in measured.items()}
         self._shared_log = 0.0
@@ -219,7 +230,7 @@ class LiveProfile(LatencyProfile):
         if (found := now.get(n_images)) is None:
             size = self.measured_size(n_images)
             measured, tail = self._measured[column][size], self._tail.value
-            factor = self.slowdown * math.exp(self._own_log[column][size])
+            factor = math.exp(self._shared_log + self._own_log[column][size])
             median_s = measured.median_s * factor
             found = now[n_images] = Latency(median_s, max(median_s, measured.high_s * factor * tail))
         return found
@@ -241,6 +252,11 @@ class LiveProfile(LatencyProfile):
         own[size] = min(max(own[size] + self.OWN_STEP * surprise, -bound), bound)
         self._forget_predictions()
         return ratio
+
+    def observe_preemption(self, took_s: float) -> None:
+        """Learn from one run that was told to end."""
+        self._preemption.observe(took_s)
+        self.preemption_s = self._preemption.value
 
     def fade(self, idle_s: float) -> None:
         """Forget part of what was learnt, because nothing was learnt for this long [s].

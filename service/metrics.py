@@ -170,6 +170,9 @@ class Metrics:
             "column",
         )
         self._failed_runs = self._counter("anytime_failed_runs_total", "Runs that gave no result", "column")
+        self._preempted_runs = self._counter(
+            "anytime_preempted_runs_total", "Runs that were ended for somebody's first answer", "column"
+        )
         self._saved_s = self._counter(
             "anytime_inference_saved_seconds_total",
             "Predicted time of the columns that were not run because the caller had gone",
@@ -294,6 +297,7 @@ class Metrics:
             self._images.add(column)
             self._run_ratio.add(column)
             self._failed_runs.add(column)
+            self._preempted_runs.add(column)
             for size in self._batch_sizes:
                 self._inference_s.add(column, str(size))
 
@@ -350,6 +354,10 @@ class Metrics:
     def observe_failed_run(self, column: str) -> None:
         """Record one run of a column that gave no result."""
         self._failed_runs[column,].inc()
+
+    def observe_preempted_run(self, column: str) -> None:
+        """Record one run of a column that was preempted before it had a result."""
+        self._preempted_runs[column,].inc()
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:

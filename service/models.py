@@ -50,6 +50,9 @@ take many times longer after pauses of 0.2 s (onnxruntime #16135, #13366). Not y
 MAX_NUMBER_LENGTH = 400
 """Of a number as text; the longest that make sense have some 330. To read one takes 3 ns a character."""
 
+START_PREEMPTION_S = 0.3e-3
+"""How long a run goes on that is told to end, until that was seen: a node's time, and waking up."""
+
 NICENESS = 10
 """Of what loads an artifact beside serving: it must not take a core from those who serve."""
 
@@ -101,7 +104,11 @@ class Model:
         self._settings = settings
         self._inference = inference
         self._processor = processor
-        self._live_profile = LiveProfile(profile, settings.profile_quantile)
+        self._live_profile = LiveProfile(
+            profile,
+            settings.profile_quantile,
+            preemption_s=START_PREEMPTION_S if inference.is_preemptible else math.inf,
+        )
         self._clock = clock
         self._n_inside = 0
         self._is_empty = asyncio.Event()
@@ -146,7 +153,7 @@ class Model:
         )
         self._engine = Engine(
             self._processor,
-            named(self._settings.policy, self._settings.answer_worth),
+            named(self._settings.policy, self._settings.answer_worth, self._settings.hope),
             self._live_profile,
             self.manifest.ladder(),
             clock=self._clock,
@@ -154,6 +161,7 @@ class Model:
             call_soon=partial(loop.call_soon, context=nobodys),
             observe_run=metrics.observe_run,
             observe_failed_run=metrics.observe_failed_run,
+            observe_preempted_run=metrics.observe_preempted_run,
             observe_saved=metrics.observe_saved,
             observe_broken=observe_broken,
             health=Health(self._settings.failed_runs_until_restart),
@@ -311,7 +319,10 @@ class Model:
         assert served.probabilities_K is not None  # noqa: S101 - for the type checker: an answer has them
         labels = self.manifest.labels
         probabilities: list[float] = served.probabilities_K.tolist()
-        order = sorted(range(len(probabilities)), key=lambda i: -probabilities[i])[: asked.top_k]
+        if asked.top_k == 1:
+            order = [probabilities.index(max(probabilities))]
+        else:
+            order = sorted(range(len(probabilities)), key=lambda i: -probabilities[i])[: asked.top_k]
         top = [{"label": labels[i], "index": i, "probability": probabilities[i]} for i in order]
         return {
             "model": self.name,

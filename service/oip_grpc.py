@@ -202,7 +202,8 @@ class _Calls(grpc.GenericRpcHandler):
         self, handler_call_details: grpc.HandlerCallDetails
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
         """Have a call served that has just come; None if there is no such method."""
-        arrived_s, method = self._clock(), handler_call_details.method
+        arrived_s = self._clock() - self._settings.network_ms / 1e3
+        method = handler_call_details.method
         self.has_been_called = True
         call = self._by_method.get(method)
         if call is None:
@@ -312,7 +313,7 @@ class _Calls(grpc.GenericRpcHandler):
         self, request: pb.ModelInferRequest, record: Record, context: Context
     ) -> pb.ModelInferResponse:
         model = self._repository.model(request.model_name, request.model_version)
-        left_s = _left_s(context) + self._clock() - record.arrived_s
+        left_s = _left_s(context) + self._clock() - record.arrived_s - self._settings.network_ms / 1e3
         wanted = _wanted(model, self._settings, request, left_s)
         # Whoever leaves cancels this task, and `answer` then leaves the queue.
         answers = await model.answer(

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from service.ladder import Ladder
 from service.latency import LatencyProfile
-from service.scheduling import ANSWER_WORTH, Admission, Anytime, Plan, Policy, StoppedBy
+from service.scheduling import ANSWER_WORTH, HOPE, Admission, Anytime, Plan, Policy, StoppedBy, least_to_try_s
 from service.waiting import NO_TRAFFIC, Queue, Ticket, TicketT, Traffic, ready_by
 
 PolicyName = Literal["anytime", "fixed-shallow", "fixed-deep", "deepest-fit", "slackfit"]
@@ -30,9 +30,11 @@ class OneShot:
     Args:
         choose: The column and how many to run together.
         by_deadline: Earliest deadline first instead of first come, first served.
+        hope: As for `Anytime`.
     """
 
-    def __init__(self, choose: Choice, *, by_deadline: bool) -> None:
+    def __init__(self, choose: Choice, *, by_deadline: bool, hope: float) -> None:
+        self._hope = hope
         self._choose = choose
         self._by_deadline = by_deadline
 
@@ -50,7 +52,7 @@ class OneShot:
         """
         reason: StoppedBy = "deepest"
         finished = tuple((ticket, reason) for same in waiting.answered.values() for ticket in same)
-        least_s = self._least_s(profile, ladder)
+        least_s = self._least_s(profile, ladder, traffic)
         queue: list[TicketT] = []
         if self._by_deadline:
             first = bisect_left(waiting.unanswered, now_s + least_s, key=ready_by)
@@ -77,12 +79,12 @@ class OneShot:
         traffic: Traffic = NO_TRAFFIC,
     ) -> Admission:
         """Take everyone in whose run would fit on an idle server; who waits too long is dropped later."""
-        needs_s = self._least_s(profile, ladder)
+        needs_s = self._least_s(profile, ladder, traffic)
         return Admission(is_accepted=now_s + needs_s <= ready_by_s, needs_s=needs_s)
 
-    def _least_s(self, profile: LatencyProfile, ladder: Ladder) -> float:
+    def _least_s(self, profile: LatencyProfile, ladder: Ladder, traffic: Traffic) -> float:
         column = self._choose((), 0.0, profile, ladder)[0]
-        return profile.latency(column, 1).median_s
+        return least_to_try_s(profile, column, traffic, self._hope)
 
 
 def _fixed(place: int) -> Choice:
@@ -147,21 +149,22 @@ def _in_time_together(column: str, queue: Sequence[Ticket], now_s: float, profil
     return best_n
 
 
-def named(name: PolicyName, answer_worth: float = ANSWER_WORTH) -> Policy:
+def named(name: PolicyName, answer_worth: float = ANSWER_WORTH, hope: float = HOPE) -> Policy:
     """The policy of this name.
 
     Args:
         name: One of `POLICY_NAMES`.
         answer_worth: For the one that weighs answers against accuracy, see `Anytime`.
+        hope: How little time is enough to try, see `Anytime`.
     """
     match name:
         case "anytime":
-            return Anytime(answer_worth)
+            return Anytime(answer_worth, hope)
         case "fixed-shallow":
-            return OneShot(_fixed(0), by_deadline=False)
+            return OneShot(_fixed(0), by_deadline=False, hope=hope)
         case "fixed-deep":
-            return OneShot(_fixed(-1), by_deadline=False)
+            return OneShot(_fixed(-1), by_deadline=False, hope=hope)
         case "deepest-fit":
-            return OneShot(_deepest_fit, by_deadline=False)
+            return OneShot(_deepest_fit, by_deadline=False, hope=hope)
         case "slackfit":
-            return OneShot(_slackfit, by_deadline=True)
+            return OneShot(_slackfit, by_deadline=True, hope=hope)

@@ -300,8 +300,10 @@ class BoundSession:
         place.options.add_run_config_entry("gpu_graph_id", str(graph_id))
         return place
 
-    def run(self, _: Sequence[str], inputs: Mapping[str, NDArray[np.uint8]], /) -> list[NDArray[np.float32]]:
-        """Compute logits_NK of images_NHWC; as `onnxruntime.InferenceSession.run`.
+    def run(
+        self, _: Sequence[str], inputs: Mapping[str, NDArray[np.uint8]], options: None = None, /
+    ) -> list[NDArray[np.float32]]:
+        """Compute logits_NK of images_NHWC; as `onnxruntime.InferenceSession.run`, with options of its own.
 
         Raises:
             ValueError: no place was made for such a batch.

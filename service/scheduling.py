@@ -21,17 +21,27 @@ from service.waiting import NO_TRAFFIC, Queue, Ticket, TicketT, Traffic, ready_b
 StoppedBy = Literal["budget", "confidence", "deepest", "load"]
 STOPPED_BY: tuple[StoppedBy, ...] = get_args(StoppedBy)
 
-ANSWER_WORTH = 4.0
+ANSWER_WORTH = 8.0
 """What an answer in time is worth, in corrected answers, unless the operator says otherwise: a refinement
-that makes one wrong answer right is not run if more than a quarter of an answer is expected to be lost by it.
-Found on held-out pictures: about the least at which no policy of fixed columns keeps more deadlines at half
-load."""
+that makes one wrong answer right is not run if more than an eighth of an answer is expected to be lost by it.
+Found on a server under load: half of it loses deadlines there that no simulation loses, since a refinement
+also takes caches and cores from those who read and answer."""
 
 OVERLOAD = 1.25
 """More than this many times of what can be served in the best batches is overload."""
 
-SCARCE = 1.0
+SCARCE = 0.75
 """From this many times of what can be served in the best batches on, a run that is in vain costs another."""
+
+HOPE = 0.4
+"""Share of the predicted time that must be left for a first answer to be tried for, while time is not scarce,
+unless the operator says otherwise: whoever is predicted to be late by less is in time often enough."""
+
+SPREAD = 0.5
+"""Column 1 is taken to need its median time, give or take up to this share of it."""
+
+IDLE = 0.03
+"""Share of the time that column 1 alone would need, below which a server is nearly idle."""
 
 DEAR_ALONE = 2.0
 """An image that runs alone is dear if it takes this many times as long as one in the best batch."""
@@ -144,17 +154,21 @@ class Anytime:
     Column 1 of those without an answer comes first, earliest deadline first. Only when nobody waits for it
     are answers refined: the run that is expected to correct most answers per second, counted by the
     confidence of the answers in hand, and less what it is expected to cost those who will arrive while it
-    lasts. A request that is alone is taken to the most accurate answer that fits, be it by opening with a
-    deeper column.
+    lasts. A request that is alone is taken to the most accurate answer that fits; on a server that is nearly
+    idle by opening with a deeper column, if it must be: elsewhere somebody may come for whom a refinement
+    would make way, and a first run would not.
 
     Args:
         answer_worth: What an answer in time is worth, in corrected answers. Larger: fewer deadlines are
-            missed
-            because of a refinement, fewer answers are refined.
+            missed because of a refinement, fewer answers are refined.
+        hope: While time is not scarce and nobody else waits, a first answer is tried for if this share of its
+            predicted time is left. 1: only for whom it is predicted to be in time. Smaller: more are in time
+            who were not expected to be, and more callers learn late that there is no answer.
     """
 
-    def __init__(self, answer_worth: float = ANSWER_WORTH) -> None:
+    def __init__(self, answer_worth: float = ANSWER_WORTH, hope: float = 1.0) -> None:
         self._answer_worth = answer_worth
+        self._hope = hope
 
     def plan(
         self,
@@ -168,16 +182,17 @@ class Anytime:
 
         Cost: O(K * 2^C + log n) in n waiting tickets, C columns and K kinds of them; never blocks.
         """
-        column_1 = profile.latency(ladder.shallowest, 1)
-        first = bisect_left(waiting.unanswered, now_s + column_1.median_s, key=ready_by)
+        # One who is predicted to be late is given a try where it can cost nobody else.
+        hope = self._hope if len(waiting.unanswered) == 1 else 1.0
+        least_s = least_to_try_s(profile, ladder.shallowest, traffic, hope)
+        first = bisect_left(waiting.unanswered, now_s + least_s, key=ready_by)
         costs = _Costs(profile)
         finished, refinable = _part_with_the_hopeless(waiting, now_s, profile, ladder, traffic, costs)
-        is_alone = len(waiting.unanswered) + sum(map(len, waiting.answered.values())) == 1
+        is_alone = len(waiting) == 1
         if first < len(waiting.unanswered):
             if is_alone:
-                way = _best_way(waiting.unanswered[0], now_s, profile, ladder, traffic, self._answer_worth)
-                column = way.added[0] if way else ladder.shallowest
-                return Plan(column, (waiting.unanswered[0],), finished)
+                ticket = waiting.unanswered[0]
+                return Plan(self._opening(ticket, now_s, profile, ladder, traffic), (ticket,), finished)
             if better := self._better_than_a_small_batch(
                 waiting, first, refinable, now_s, profile, ladder, traffic, costs
             ):
@@ -185,8 +200,8 @@ class Anytime:
             n_waiting = len(waiting.unanswered) - first
             least = min(_least_batch(ladder.shallowest, n_waiting, profile, traffic), n_waiting)
             if least > 1:
-                least_s = profile.latency(ladder.shallowest, least).likely_s
-                fitting = bisect_left(waiting.unanswered, now_s + least_s, key=ready_by)
+                together_s = profile.latency(ladder.shallowest, least).likely_s
+                fitting = bisect_left(waiting.unanswered, now_s + together_s, key=ready_by)
                 if fitting < len(waiting.unanswered):
                     first = fitting
             slack_s = waiting.unanswered[first].ready_by_s - now_s
@@ -216,18 +231,23 @@ class Anytime:
         """As `Policy`: whether it can be promised column 1 in time.
 
         Plays the queue through, with the batches that `plan` would form. Who is more likely to be in time
-        than not is let in as long as there is time for everybody; when there is not, up to the high quantile
-        of when each will be answered, because a run for one who is late is then taken from another. In
-        overload nobody is let in who has no time for the best batch.
+        than not is let in as long as there is time for everybody, and so is who has hope, if nobody else
+        waits. When there is not, up to the high quantile of when each will be answered, because a run for
+        one who is late is then taken from another. In overload nobody is let in who has no time for the best
+        batch.
 
         Cost: O(n) in waiting tickets without an answer; never blocks.
         """
         start_s = max(now_s, busy_until_s)
+        is_scarce = _is_scarce(profile, ladder.shallowest, traffic)
+        if not (is_scarce or waiting.unanswered):  # the usual case, and a request's time is short
+            alone = profile.latency(ladder.shallowest, 1)
+            needs_s = max(start_s - now_s + alone.median_s, alone.likely_s)
+            return Admission(is_accepted=now_s + self._hope * needs_s <= ready_by_s, needs_s=needs_s)
         before_s = [ticket.ready_by_s for ticket in waiting.unanswered]
         place = bisect_right(before_s, ready_by_s)
         with_it_s = [*before_s[:place], ready_by_s, *before_s[place:]]
         least = _least_batch(ladder.shallowest, len(with_it_s), profile, traffic)
-        is_scarce = traffic.rate_hz * profile.best_batch(ladder.shallowest)[0] > SCARCE
         ends_s = _ends_of_column_1(with_it_s, start_s, profile, ladder, least, is_sure=is_scarce)
         needs_s = max(ends_s[place] - now_s, profile.latency(ladder.shallowest, least).likely_s)
         if now_s + needs_s > ready_by_s:
@@ -235,6 +255,15 @@ class Anytime:
         behind = zip(with_it_s[place + 1 :], ends_s[place + 1 :], strict=True)
         is_harmless = all(end_s <= by_s for by_s, end_s in behind)
         return Admission(is_accepted=is_harmless, needs_s=needs_s)
+
+    def _opening(
+        self, ticket: Ticket, now_s: float, profile: LatencyProfile, ladder: Ladder, traffic: Traffic
+    ) -> str:
+        """What to run first for one who is alone."""
+        if traffic.rate_hz * profile.latency(ladder.shallowest, 1).median_s < IDLE:
+            way = _best_way(ticket, now_s, profile, ladder, traffic, self._answer_worth)
+            return way.added[0] if way else ladder.shallowest
+        return ladder.shallowest
 
     def _better_than_a_small_batch(
         self,
@@ -285,7 +314,7 @@ class Anytime:
     ) -> tuple[str, tuple[TicketT, ...]] | None:
         """The run expected to correct most answers per second, less what arrives and is lost by it."""
         offers = _offers(refinable, now_s, ladder, costs)
-        column_1_s = profile.latency(ladder.shallowest, 1).likely_s
+        risks = _Risks(profile, ladder, traffic)
         best: tuple[str, tuple[TicketT, ...]] | None = None
         best_rate = 0.0
         for column, of_column in offers.items():
@@ -305,7 +334,8 @@ class Anytime:
                         break
                 if len(batch) <= size // 2 and size > 1:
                     break
-                rate = (gain - self._answer_worth * traffic.losses(run_s, column_1_s)) / run_s
+                share, losses = risks.of(run_s)
+                rate = (share * gain - self._answer_worth * losses) / run_s
                 if rate > best_rate:
                     best, best_rate = (column, tuple(batch)), rate
         return best
@@ -342,6 +372,17 @@ def backlog_s(
     """Predicted time until everyone who waits now has column 1, in the best batches [s from now]."""
     each_s = profile.best_batch(ladder.shallowest)[0]
     return max(0.0, busy_until_s - now_s) + len(waiting.unanswered) * each_s
+
+
+def _is_scarce(profile: LatencyProfile, column: str, traffic: Traffic) -> bool:
+    """Whether not even this column in its best batches could serve everybody who comes."""
+    return traffic.rate_hz * profile.best_batch(column)[0] > SCARCE
+
+
+def least_to_try_s(profile: LatencyProfile, column: str, traffic: Traffic, hope: float) -> float:
+    """How much time must be left for a first answer by this column to be tried for [s]."""
+    median_s = profile.latency(column, 1).median_s
+    return median_s if _is_scarce(profile, column, traffic) else hope * median_s
 
 
 def _ends_of_column_1(
@@ -408,17 +449,47 @@ def _best_way(
     """
     best: Improvement | None = None
     best_worth = (0.0, 0.0)
-    column_1_s = profile.latency(ladder.shallowest, 1).likely_s
+    risks = _Risks(profile, ladder, traffic)
     for way in ladder.improvements(ticket.columns_run, ladder.row(ticket.columns_run, ticket.confidence)):
         first, *rest = (profile.latency(column, 1) for column in way.added)
         first_s = first.likely_s if ticket.columns_run else first.high_s
         cost_s = first_s + sum(latency.likely_s for latency in rest)
         if now_s + cost_s > ticket.ready_by_s:
             continue
-        worth = way.gain - answer_worth * traffic.losses(first_s, column_1_s)
+        if way.gain <= best_worth[0]:
+            continue
+        share, losses = risks.of(first_s, is_refinement=bool(ticket.columns_run))
+        worth = share * way.gain - answer_worth * losses
         if worth > 0 and (best is None or (worth, -cost_s) > best_worth):
             best, best_worth = way, (worth, -cost_s)
     return best
+
+
+class _Risks:
+    """What a run costs those who will come while it lasts.
+
+    A refinement that can be preempted lets everybody wait a little who comes, and comes to its end only if
+    nobody comes for whom it makes way. Any other run lets everybody wait for its end.
+    """
+
+    def __init__(self, profile: LatencyProfile, ladder: Ladder, traffic: Traffic) -> None:
+        self._traffic = traffic
+        self._is_preemptible = profile.preemption_s < math.inf
+        column_1 = profile.latency(ladder.shallowest, 1)
+        self._column_1_s = column_1.likely_s
+        self._losses_hz = 0.0
+        if self._is_preemptible and traffic.rate_hz:
+            least_s, most_s = (1 - SPREAD) * column_1.median_s, (1 + SPREAD) * column_1.median_s
+            self._losses_hz = traffic.losses_hz(profile.preemption_s, least_s, max(most_s, column_1.high_s))
+
+    def of(self, run_s: float, *, is_refinement: bool = True) -> tuple[float, float]:
+        """How likely such a run is to reach its end, and how many lose their answer because of it."""
+        if not self._traffic.rate_hz:
+            return 1.0, 0.0
+        losses = self._traffic.losses(run_s, self._column_1_s)
+        if not (self._is_preemptible and is_refinement):
+            return 1.0, losses
+        return math.exp(-losses), self._losses_hz * run_s
 
 
 def _part_with_the_hopeless(

@@ -15,7 +15,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict
 
 from service.policies import PolicyName
-from service.scheduling import ANSWER_WORTH
+from service.scheduling import ANSWER_WORTH, HOPE
 
 PREFIX = "ANYTIME_"
 SECRET = frozenset({"api_keys", "admin_keys", "tls_key_password"})
@@ -268,6 +268,20 @@ class Settings(BaseSettings):
         description="What an answer in time is worth, in corrected answers. Larger: fewer deadlines missed "
         "because of a refinement, fewer answers refined.",
     )
+    hope: float = Field(
+        HOPE,
+        gt=0,
+        le=1,
+        description="Share of the predicted time that must be left for a first answer to be tried for, while "
+        "there is time for everybody. Larger: fewer in time who were not expected to be, more of those who "
+        "get no answer learn it at once.",
+    )
+    network_ms: float = Field(
+        0.0,
+        ge=0,
+        description="How long requests and answers are on their way together, taken off each budget. Larger: "
+        "budgets hold where the callers are, and less is done within them.",
+    )
     overhead_reserve_ms: float = Field(
         0.4,
         ge=0,
@@ -393,7 +407,7 @@ class Settings(BaseSettings):
         "else runs.",
     )
     brief_run_ms: float = Field(
-        0.0,
+        1.5,
         ge=0,
         description="On a CPU, runs predicted to take no longer are not handed over to a thread. Larger: "
         "less to do for two cores that also serve the network, but the server is deaf for so long.",

@@ -38,6 +38,9 @@ class Ticket:
         return self.min_confidence is not None and self.confidence >= self.min_confidence
 
 
+N_LOOKED_AT = 8
+"""At most about twice as many slacks are looked at one by one."""
+
 TicketT = TypeVar("TicketT", bound=Ticket)
 
 
@@ -121,7 +124,7 @@ class Traffic:
     slacks_s: Sequence[float] = ()
 
     def losses(self, run_s: float, column_1_s: float) -> float:
-        """How many requests to expect during a run that will miss their column 1 because of it.
+        """How many requests to expect during a run that will miss their column 1 if they wait for its end.
 
         A request that comes t before the run's end is lost if its slack is shorter than t and column 1
         together, although it is longer than column 1. Those that queue up behind one another are not counted.
@@ -136,6 +139,29 @@ class Traffic:
         last = bisect_left(self.slacks_s, column_1_s + run_s)
         exposed_s = (last - first) * (run_s + column_1_s) - sum(islice(self.slacks_s, first, last))
         return self.rate_hz * exposed_s / len(self.slacks_s)
+
+    def losses_hz(self, wait_s: float, least_s: float, most_s: float) -> float:
+        """How many requests a second to expect that miss their column 1 if each has to wait for so long.
+
+        Column 1 takes any time between the least and the most, one as likely as the other: a short wait makes
+        nobody certain to be late, but many likelier to be.
+
+        Args:
+            wait_s: Until its run can start [s].
+            least_s: The least that column 1 takes [s].
+            most_s: The most that it takes; longer than the least [s].
+
+        Cost: some microseconds; of many who are at risk a few stand for all.
+        """
+        if not self.slacks_s or not self.rate_hz:
+            return 0.0
+        first = bisect_left(self.slacks_s, least_s)
+        last = bisect_left(self.slacks_s, most_s + wait_s)
+        stride = (last - first) // N_LOOKED_AT + 1
+        lost_s = 0.0
+        for slack_s in islice(self.slacks_s, first, last, stride):
+            lost_s += min(slack_s, most_s) - max(slack_s - wait_s, least_s)
+        return self.rate_hz * lost_s * stride / ((most_s - least_s) * len(self.slacks_s))
 
 
 NO_TRAFFIC = Traffic()

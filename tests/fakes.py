@@ -6,15 +6,20 @@ They share no code with what they test.
 import asyncio
 import selectors
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from service.inference import Preempted
+
 Result = TypeVar("Result")
 Behaviour = Literal["good", "raises", "short", "hangs", "nan"] | Exception
 
 N_CLASSES = 256
+PREEMPTION_S = 0.0002
+"""How long a run goes on that is told to end [s]."""
 
 
 class _JumpingSelector(selectors.SelectSelector):
@@ -75,12 +80,20 @@ class FakeProcessor:
         self._behaviours = list(behaviours)
         self.runs: list[tuple[float, str, tuple[int, ...]]] = []
         self.n_brief = 0
+        self.n_preempted = 0
         self.is_running = False
+        self._preempt: Callable[[], None] | None = None
 
     def start(
         self, column: str, images_HWC: Sequence[NDArray[np.uint8]], *, is_brief: bool = False
     ) -> asyncio.Future[NDArray[np.float32]]:
         return self._begin(column, tuple(int(image[0, 0, 0]) for image in images_HWC), is_brief=is_brief)
+
+    def preempt(self) -> None:
+        """End the run in progress soon."""
+        self.n_preempted += 1
+        assert self._preempt, "the engine must not preempt when nothing runs"
+        self._preempt()
 
     def start_blank(self, column: str) -> asyncio.Future[NDArray[np.float32]]:
         return self._begin(column, ())
@@ -117,8 +130,18 @@ class FakeProcessor:
             loop.work(duration_s)
             finish()
         else:
-            loop.call_later(duration_s, finish)
+            end = loop.call_later(duration_s, finish)
+            self._preempt = partial(self._end_early, end, done)
         return done
+
+    def _end_early(self, end: asyncio.TimerHandle, done: asyncio.Future[NDArray[np.float32]]) -> None:
+        def stop() -> None:
+            if not done.done():
+                end.cancel()
+                self.is_running = False
+                done.set_exception(Preempted())
+
+        asyncio.get_running_loop().call_later(PREEMPTION_S, stop)
 
     def combine(
         self, columns_run: tuple[str, ...], logits_K: Sequence[NDArray[np.float32]]

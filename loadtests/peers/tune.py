@@ -67,7 +67,7 @@ def measured(
             contestant = peer_contestant(peer, artifact, setting[COLUMN], pixels, log, setting, name)
             try:
                 running[name] = stack.enter_context(contestant)
-            except RuntimeError as error:
+            except (RuntimeError, OSError) as error:  # OSError: it was there, and ended when it was asked
                 print(f"{peer.name} {name}: {error}", flush=True)
         for load, arrivals in offered:
             for name in shuffled.sample(list(running), len(running)):

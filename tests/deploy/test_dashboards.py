@@ -176,10 +176,12 @@ class Faulty:
 
     session: Session
 
-    def run(self, names: list[str], inputs: dict[str, NDArray[np.uint8]], /) -> Sequence[Any]:
+    def run(
+        self, names: list[str], inputs: dict[str, NDArray[np.uint8]], options: Any = None, /
+    ) -> Sequence[Any]:
         if inputs["images_NHWC"].min() == 255:
             raise RuntimeError("CUDA error 700")
-        return self.session.run(names, inputs)
+        return self.session.run(names, inputs, options)
 
 
 @dataclass

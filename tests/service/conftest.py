@@ -143,8 +143,10 @@ class Launcher:
         model: Model | None = None,
         **settings: Any,
     ) -> Running:
-        chosen = Settings(_env_file=None, **{"profile_cache": None, "grpc_port": None, **settings})
         served = inference or self.inference
+        if any(isinstance(session, BlockedSession) for session in served._sessions.values()):
+            settings = {"brief_run_ms": 0.0, **settings}  # a brief run would hold the server up, too
+        chosen = Settings(_env_file=None, **{"profile_cache": None, "grpc_port": None, **settings})
         model = model or Model(chosen, served, InferenceThread(served), profile or profile_of(1e-5))
         repository = Repository(chosen, model)
         service = Service(chosen, repository)
@@ -191,7 +193,9 @@ class BlockedSession:
         self.n_images: list[int] = []
         self.fails = False
 
-    def run(self, _: list[str], inputs: dict[str, NDArray[np.uint8]], /) -> list[NDArray[np.float32]]:
+    def run(
+        self, _: list[str], inputs: dict[str, NDArray[np.uint8]], options: Any = None, /
+    ) -> list[NDArray[np.float32]]:
         n = len(inputs["images_NHWC"])
         self.n_images.append(n)
         self.started.set()
@@ -214,4 +218,4 @@ def blocked(launch: Launcher, session: BlockedSession, inference: Inference) -> 
     """A server whose every run waits for `session.released`."""
     sessions = dict.fromkeys(toy_artifact.COLUMNS, session)
     waiting = Inference(inference.manifest, sessions, provider="cpu", sha256="0" * 64)
-    return launch(inference=waiting, brief_run_ms=0.0)  # a brief run would hold the server up, too
+    return launch(inference=waiting)

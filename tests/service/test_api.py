@@ -241,7 +241,7 @@ def send_half_a_body(server: Running, *, budget_ms: float) -> bytes:
 
 def test_what_cannot_be_had_in_time_is_rejected_with_both_retry_headers(launch: Launcher) -> None:
     server = launch(profile=profile_of(1.0))
-    rejected = server.client.post("/predict?budget_ms=900", content=PIXELS.tobytes(), headers=RAW)
+    rejected = server.client.post("/predict?budget_ms=300", content=PIXELS.tobytes(), headers=RAW)
     assert_problem(rejected, 429, "grant at least 100")
     assert int(rejected.headers["retry-after"]) >= 1
     assert int(rejected.headers["retry-after-ms"]) >= 1
@@ -503,3 +503,11 @@ def test_health_and_documentation(server: Running) -> None:
     }
     assert json.dumps(operation).count("application/problem+json") == 13
     assert len(operation["security"]) == 2
+
+
+def test_what_the_way_takes_is_taken_off_the_budget(launch: Launcher) -> None:
+    server = launch(network_ms=300.0)
+    answer = server.client.post("/predict?budget_ms=5000", content=PIXELS.tobytes(), headers=RAW).json()
+    assert answer["elapsed_ms"] > 300
+    refused = server.client.post("/predict?budget_ms=290", content=PIXELS.tobytes(), headers=RAW)
+    assert refused.status_code == 429

@@ -91,7 +91,7 @@ def test_a_file_without_an_answer_holds_up_no_other(
 
 
 def test_a_refusal_repeats_the_servers_sentence(launch: Launcher, picture: str, capsys: Printed) -> None:
-    assert ask(launch(profile=profile_of(1.0)), picture, "--budget-ms", "900") == 1
+    assert ask(launch(profile=profile_of(1.0)), picture, "--budget-ms", "300") == 1
     printed, said = capsys.readouterr()
     assert printed == ""
     assert "grant at least 100" in said

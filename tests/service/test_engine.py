@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -16,14 +17,14 @@ from numpy.typing import NDArray
 from service.engine import Engine, InferenceThread, Request, Served
 from service.errors import Problem, Rejected, Stopped
 from service.health import Health
-from service.inference import Inference
+from service.inference import Inference, Preemption
 from service.ladder import Ladder
 from service.latency import Latency, LatencyProfile, LiveProfile, Reserve
 from service.policies import POLICY_NAMES, PolicyName, named
 from service.providers import DeviceLost
-from service.scheduling import Admission, Anytime, Plan, Policy
+from service.scheduling import HOPE, Admission, Anytime, Plan, Policy
 from service.waiting import NO_TRAFFIC, Queue, TicketT, Traffic
-from tests.fakes import ACCURACY, Behaviour, FakeProcessor, picture, run_in_virtual_time
+from tests.fakes import ACCURACY, PREEMPTION_S, Behaviour, FakeProcessor, picture, run_in_virtual_time
 from tests.service import toy_artifact
 from tests.service.conftest import BlockedSession
 
@@ -111,6 +112,7 @@ class Bench:
         self.profile = profile or LiveProfile(PROFILE, quantile=0.95)
         self.observed: list[tuple[str, int, float, float]] = []
         self.failed_runs: list[str] = []
+        self.preempted_runs: list[str] = []
         self.saved_s: list[float] = []
         self.broken: list[str] = []
         self.engine = Engine(
@@ -123,6 +125,7 @@ class Bench:
             call_soon=loop.call_soon,
             observe_run=lambda *run: self.observed.append(run),
             observe_failed_run=self.failed_runs.append,
+            observe_preempted_run=self.preempted_runs.append,
             observe_saved=self.saved_s.append,
             observe_broken=self.broken.append,
             health=Health(N_FAILURES),
@@ -168,6 +171,98 @@ async def test_a_generous_budget_gets_every_column() -> None:
     assert served.accuracy == ACCURACY["1", "2", "3"]
     assert served.probabilities_K is not None
     assert served.probabilities_K.argmax() == 7
+
+
+@in_virtual_time
+async def test_a_refinement_makes_way_for_a_first_answer_that_cannot_wait_for_its_end() -> None:
+    bench = Bench(profile=Still(PROFILE, 0.95, preemption_s=PREEMPTION_S))
+    patient = bench.submit(1, 0.050)
+    await asyncio.sleep(0.002)  # column 1 is there, a deeper one is running
+    assert bench.processor.runs[-1][1] != "1"
+    urgent = bench.submit(2, 0.002)
+    served = await urgent.settled
+    assert (served.outcome, served.columns_run) == ("answered", ("1",))
+    assert served.queue_s == pytest.approx(PREEMPTION_S)
+    assert served.settled_s <= served.deadline_s - RESERVE_S
+    [preempted] = bench.preempted_runs
+    assert bench.processor.n_preempted == 1
+    refined = await patient.settled
+    assert (refined.columns_run, refined.stopped_by) == (("1", "2", "3"), "deepest")
+    assert [run.column for run in refined.runs].count(preempted) == 2  # what was lost is run again
+    assert not bench.failed_runs
+    assert bench.engine.n_waiting == 0
+
+
+@in_virtual_time
+async def test_whoever_can_wait_for_a_refinement_lets_it_end() -> None:
+    bench = Bench(profile=Still(PROFILE, 0.95, preemption_s=PREEMPTION_S))
+    bench.submit(1, 0.050)
+    await asyncio.sleep(0.002)
+    await bench.submit(2, 0.030).settled
+    assert not bench.preempted_runs
+    assert bench.processor.n_preempted == 0
+
+
+@in_virtual_time
+async def test_two_who_cannot_wait_preempt_once() -> None:
+    bench = Bench(profile=Still(PROFILE, 0.95, preemption_s=PREEMPTION_S))
+    bench.submit(1, 0.050)
+    await asyncio.sleep(0.002)
+    first, second = bench.submit(2, 0.0019), bench.submit(3, 0.003)
+    assert {(await one.settled).outcome for one in (first, second)} == {"answered"}
+    assert bench.processor.n_preempted == 1
+
+
+@in_virtual_time
+async def test_no_first_answer_makes_way_for_another() -> None:
+    bench = Bench(profile=Still(PROFILE, 0.95, preemption_s=PREEMPTION_S))
+    await bench.begin(1, 0.050)
+    with pytest.raises(Rejected):
+        bench.submit(2, 0.0016)
+    assert bench.processor.n_preempted == 0
+
+
+@in_virtual_time
+async def test_a_run_that_nobody_waits_for_any_more_is_ended() -> None:
+    bench = Bench(profile=Still(PROFILE, 0.95, preemption_s=PREEMPTION_S))
+    request = await bench.begin(1, 0.050)
+    bench.engine.leave(request)
+    await asyncio.sleep(PREEMPTION_S * 1.5)
+    assert not bench.engine.is_running
+    assert bench.preempted_runs == ["1"]
+    assert (await bench.submit(2, 0.002).settled).outcome == "answered"
+
+
+@in_virtual_time
+async def test_where_a_run_cannot_be_ended_it_is_not_told_to() -> None:
+    bench = Bench(profile=Still(PROFILE, 0.95))
+    bench.submit(1, 0.050)
+    await asyncio.sleep(0.002)
+    with pytest.raises(Rejected):
+        bench.submit(2, 0.002)
+    assert bench.processor.n_preempted == 0
+
+
+@in_virtual_time
+async def test_a_result_that_was_there_when_the_run_was_to_end_is_used() -> None:
+    bench = Bench(
+        duration_s=lambda column, n: as_measured(column, n) if column == "1" else 0.0021,
+        profile=Still(PROFILE, 0.95, preemption_s=PREEMPTION_S),
+    )
+    patient = bench.submit(1, 0.050)
+    await asyncio.sleep(0.00305)  # 0.05 ms before the end of the refinement
+    await bench.submit(2, 0.002).settled
+    assert bench.processor.n_preempted == 1
+    assert not bench.preempted_runs
+    assert [run.column for run in (await patient.settled).runs] == ["1", "2", "3"]
+
+
+@in_virtual_time
+async def test_how_long_a_run_goes_on_that_is_told_to_end_is_learnt() -> None:
+    bench = Bench(profile=LiveProfile(PROFILE, quantile=0.95, preemption_s=10 * PREEMPTION_S))
+    bench.engine.leave(await bench.begin(1, 0.050))
+    await asyncio.sleep(0.01)
+    assert bench.profile.preemption_s < 10 * PREEMPTION_S
 
 
 @in_virtual_time
@@ -304,7 +399,7 @@ async def test_one_who_came_in_the_very_turn_of_the_stop_is_turned_away() -> Non
 
 @in_virtual_time
 async def test_load_is_blamed_when_others_took_the_time() -> None:
-    bench = Bench()
+    bench = Bench(policy=Anytime(answer_worth=1.0))
     first = bench.submit(1, 0.005)
     await asyncio.sleep(0.0005)
     second = bench.submit(2, 0.050)
@@ -604,9 +699,11 @@ def test_the_thread_that_ships_runs_what_it_is_told_and_tells_of_failures(infere
     threads: list[str] = []
 
     class Watching(Inference):
-        def run(self, column: str, images_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        def run(
+            self, column: str, images_NHWC: NDArray[np.uint8], preemption: Preemption | None = None
+        ) -> NDArray[np.float32]:
             threads.append(threading.current_thread().name)
-            return super().run(column, images_NHWC)
+            return super().run(column, images_NHWC, preemption)
 
     async def test() -> None:
         watching = Watching(inference.manifest, inference._sessions, provider="cpu", sha256="0" * 64)
@@ -796,6 +893,7 @@ behaviours = st.lists(
     st.sampled_from([*["good"] * 12, *["raises"] * 3, *["short"] * 3, LOST]), max_size=30
 ).map(tuple)
 keep_warm = st.sampled_from([0.0, 0.002])
+preemption = st.sampled_from([math.inf, PREEMPTION_S])
 slowness = st.lists(st.sampled_from([0.5, 1.0, 1.0, 1.0, 3.0, 20.0]), min_size=1, max_size=10)
 
 
@@ -817,11 +915,13 @@ async def play(
     learning: type[LiveProfile] = LiveProfile,
     brief_s: float = 0.0,
     keep_warm_s: float = 0.0,
+    hope: float = HOPE,
+    preemption_s: float = math.inf,
 ) -> Story:
     factors = iter(slowness * 1000)
     bench = Bench(
-        profile=learning(PROFILE, quantile=0.95),
-        policy=named(policy),
+        profile=learning(PROFILE, quantile=0.95, preemption_s=preemption_s),
+        policy=named(policy, hope=hope),
         duration_s=lambda column, n: as_measured(column, n) * next(factors),
         behaviours=behaviours,
         brief_s=brief_s,
@@ -855,7 +955,7 @@ async def play(
 
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)
-@given(arrivals, behaviours, slowness, st.none() | milliseconds, keep_warm)
+@given(arrivals, behaviours, slowness, st.none() | milliseconds, keep_warm, preemption)
 def test_laws_hold_whatever_happens(
     policy: PolicyName,
     callers: list[Arrival],
@@ -863,10 +963,17 @@ def test_laws_hold_whatever_happens(
     slowness: list[float],
     stop_after_s: float | None,
     keep_warm_s: float,
+    preemption_s: float,
 ) -> None:
     async def test() -> None:
         story = await play(
-            callers, behaviours, slowness, stop_after_s, policy=policy, keep_warm_s=keep_warm_s
+            callers,
+            behaviours,
+            slowness,
+            stop_after_s,
+            policy=policy,
+            keep_warm_s=keep_warm_s,
+            preemption_s=preemption_s,
         )
         ran = {identity for _, _, identities in story.bench.processor.runs for identity in identities}
 
@@ -921,9 +1028,9 @@ def test_laws_hold_with_brief_runs_too(
     run_in_virtual_time(test)
 
 
-@given(arrivals, keep_warm)
+@given(arrivals, keep_warm, preemption)
 def test_law_whoever_is_admitted_is_answered_in_time_when_runs_take_what_was_predicted(
-    callers: list[Arrival], keep_warm_s: float
+    callers: list[Arrival], keep_warm_s: float, preemption_s: float
 ) -> None:
     """The promise of column 1 holds, for whoever comes while a run keeps the processor warm, too."""
 
@@ -931,7 +1038,16 @@ def test_law_whoever_is_admitted_is_answered_in_time_when_runs_take_what_was_pre
         # Odd budgets, so that no run ends at the very moment of a deadline: which of them then comes first
         # is up to rounding.
         staying = [Arrival(c.after_s, c.budget_s + 3e-5, None, c.min_confidence) for c in callers]
-        story = await play(staying, (), [1.0], None, learning=Still, keep_warm_s=keep_warm_s)
+        story = await play(
+            staying,
+            (),
+            [1.0],
+            None,
+            learning=Still,
+            keep_warm_s=keep_warm_s,
+            hope=1.0,
+            preemption_s=preemption_s,
+        )
         for served in story.served.values():
             assert served.outcome == "answered"
             assert served.settled_s <= served.deadline_s - RESERVE_S + 1e-9

@@ -15,6 +15,8 @@ from service.inference import (
     Inference,
     InferenceError,
     Manifest,
+    Preempted,
+    Preemption,
     ProviderUnavailable,
     load,
 )
@@ -73,7 +75,7 @@ class ScriptedSession:
         self._answer = answer
         self.n_images: list[int] = []
 
-    def run(self, _: list[str], inputs: dict[str, NDArray[np.uint8]], /) -> list[Any]:
+    def run(self, _: list[str], inputs: dict[str, NDArray[np.uint8]], options: Any = None, /) -> list[Any]:
         self.n_images.append(len(inputs["images_NHWC"]))
         return [self._answer(len(inputs["images_NHWC"]))]
 
@@ -105,6 +107,37 @@ def test_an_image_without_numbers_leaves_those_beside_it_theirs(inference: Infer
     found_NK = scripted(inference, ScriptedSession(lambda _: logits_NK)).run("1", IMAGES_NHWC[:3])
     np.testing.assert_array_equal(found_NK[[0, 2]], logits_NK[[0, 2]])
     assert np.isnan(found_NK[1]).all()
+
+
+def test_a_run_that_is_to_end_ends_without_a_result(inference: Inference) -> None:
+    preemption = Preemption()
+    logits_NK = inference.run("3", IMAGES_NHWC[:2], preemption)
+    np.testing.assert_array_equal(logits_NK, inference.run("3", IMAGES_NHWC[:2]))
+    preemption.demand()
+    with pytest.raises(Preempted):
+        inference.run("3", IMAGES_NHWC[:2], preemption)
+    np.testing.assert_array_equal(logits_NK, inference.run("3", IMAGES_NHWC[:2]))  # the session is as ever
+
+
+def test_a_run_that_fails_is_no_preempted_one(inference: Inference) -> None:
+    with pytest.raises(Exception, match="data type") as caught:
+        inference.run("3", IMAGES_NHWC[:2].astype(np.float32), Preemption())
+    assert not isinstance(caught.value, Preempted)
+
+
+def test_on_a_gpu_no_run_is_told_to_end(inference: Inference) -> None:
+    """Its sessions take no options."""
+    told: list[tuple[Any, ...]] = []
+
+    class Watching:
+        def run(self, *given: Any) -> list[NDArray[np.float32]]:
+            told.append(given)
+            return [np.zeros((1, 5), np.float32)]
+
+    on_gpu = Inference(inference.manifest, {"1": Watching()}, provider="cuda", sha256="0" * 64)
+    assert not on_gpu.is_preemptible
+    on_gpu.run("1", IMAGES_NHWC[:1], Preemption())
+    assert len(told[0]) == 2
 
 
 def test_padding_reaches_the_next_size_and_never_the_caller(inference: Inference) -> None:

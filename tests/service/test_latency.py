@@ -1,5 +1,6 @@
 """Latencies by example; what is learned from runs, by simulation with fixed seeds and by law."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -307,3 +308,14 @@ def test_law_a_slower_run_is_never_learned_as_a_faster_one(factor: float) -> Non
     for column in MS:
         assert slow.latency(column, 2).median_s >= as_ever.latency(column, 2).median_s
         assert slow.latency(column, 2).high_s >= as_ever.latency(column, 2).high_s
+
+
+def test_what_a_preemption_takes_is_learnt_and_where_there_is_none_it_never_ends() -> None:
+    assert LiveProfile(GAIN, 0.95).preemption_s == math.inf
+    profile = LiveProfile(GAIN, 0.8, preemption_s=0.0003)
+    assert profile.preemption_s == 0.0003
+    for _ in range(300):
+        profile.observe_preemption(0.0008)
+    assert profile.preemption_s == pytest.approx(0.0008, rel=0.1)
+    profile.observe_preemption(50.0)
+    assert profile.preemption_s < 0.001  # one that took for ever is one

@@ -31,6 +31,7 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "anytime_inference_images_total": ("counter", {"column"}),
     "anytime_run_over_predicted_ratio": ("histogram", {"column"}),
     "anytime_failed_runs_total": ("counter", {"column"}),
+    "anytime_preempted_runs_total": ("counter", {"column"}),
     "anytime_inference_saved_seconds_total": ("counter", set()),
     "anytime_profiled_run_seconds": ("gauge", {"model", "version", "column", "batch"}),
     "anytime_predicted_run_seconds": ("gauge", {"model", "version", "column", "batch"}),

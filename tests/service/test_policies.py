@@ -27,11 +27,11 @@ BASELINES = [name for name in POLICY_NAMES if name != "anytime"]
 def plan(
     name: PolicyName, waiting: list[Ticket], profile: LatencyProfile, now_s: float = 0.0
 ) -> Plan[Ticket]:
-    return named(name).plan(Queue(LADDER, waiting), now_s, profile, LADDER)
+    return named(name, hope=1.0).plan(Queue(LADDER, waiting), now_s, profile, LADDER)
 
 
 def admit(name: PolicyName, ready_by_ms: float, *waiting: Ticket) -> Admission:
-    return named(name).admit(ready_by_ms / 1e3, 0.0, 0.0, Queue(LADDER, waiting), NO_GAIN, LADDER)
+    return named(name, hope=1.0).admit(ready_by_ms / 1e3, 0.0, 0.0, Queue(LADDER, waiting), NO_GAIN, LADDER)
 
 
 @pytest.mark.parametrize("name", POLICY_NAMES)
@@ -150,7 +150,7 @@ COLUMN_OF_LEAST: dict[PolicyName, int] = {"fixed-deep": -1}
 def test_law_none_runs_a_ticket_that_it_cannot_serve_in_time(
     name: PolicyName, waiting: list[Ticket], profile: LatencyProfile, ladder: Ladder, traffic: Traffic
 ) -> None:
-    decided = named(name).plan(Queue(ladder, waiting), 0.0, profile, ladder, traffic)
+    decided = named(name, hope=1.0).plan(Queue(ladder, waiting), 0.0, profile, ladder, traffic)
     assert (decided.column is None) == (not decided.batch)
     if decided.column is not None:
         latency = profile.latency(decided.column, len(decided.batch))

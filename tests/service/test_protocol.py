@@ -149,6 +149,26 @@ def test_head_and_body_come_together(server: Running) -> None:
     assert body.endswith(b"}")
 
 
+def test_an_answer_has_the_headers_that_the_server_gives_to_all(server: Running) -> None:
+    raw = {"content-type": "application/octet-stream"}
+    response = server.client.post("/predict?budget_ms=5000", content=BODY, headers=raw)
+    live = server.client.get("/healthz/live")
+    assert response.headers["date"][:17] == live.headers["date"][:17]
+    assert response.headers["content-length"] == str(len(response.content))
+
+
+def test_who_asks_for_the_head_alone_gets_no_body(server: Running) -> None:
+    with server.connect() as connection:
+        connection.settimeout(20)
+        connection.sendall(
+            b"HEAD /predict HTTP/1.1\r\nHost: x\r\n\r\nGET /healthz/live HTTP/1.1\r\nHost: x\r\n"
+            b"Connection: close\r\n\r\n"
+        )
+        both = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    assert both.startswith(b"HTTP/1.1 405")
+    assert b"\r\n\r\nHTTP/1.1 200" in both  # nothing stands between the two heads
+
+
 def test_requests_sent_ahead_are_answered_in_order(server: Running) -> None:
     with server.connect() as connection:
         connection.sendall(request() + request("/predict?budget_ms=0"))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.ladder import ConfidenceTable, Ladder
-from service.latency import Latency, LatencyProfile
+from service.latency import Latency, LatencyProfile, LiveProfile
 from service.scheduling import STOPPED_BY, Admission, Anytime, Plan, backlog_s, stopped_by, to_come_s
 from service.waiting import NO_TRAFFIC, Queue, Ticket, Traffic
 from tests.fakes import ACCURACY
@@ -234,6 +234,61 @@ def test_one_alone_is_weighed_against_those_who_come_too() -> None:
     assert plan([ticket(8.5)], 0.0, NO_GAIN, LADDER, SHORT).column == "1"
 
 
+PREEMPTIBLE = LiveProfile(profile_of(MS), 0.95, preemption_s=0.0003)
+"""A run goes on for 0.3 ms when it is told to end."""
+
+
+def test_a_refinement_that_can_be_preempted_costs_those_who_come_only_what_that_takes() -> None:
+    waiting = [ticket(50, "1", "2"), ticket(60, "1", "2")]
+    blocked = plan(waiting, 0.0, NO_GAIN, LADDER, SHORT)
+    assert blocked.column is None
+    assert plan(waiting, 0.0, PREEMPTIBLE, LADDER, SHORT).column == "3"
+    assert plan([waiting[0]], 0.0, PREEMPTIBLE, LADDER, SHORT).column == "3"
+    # Who comes has as much time as column 1 takes, give or take: 0.3 ms are a good part of that.
+    narrow = Traffic(SHORT.rate_hz, (0.0012,))
+    assert plan(waiting, 0.0, PREEMPTIBLE, LADDER, narrow).column is None
+    assert plan([waiting[0]], 0.0, PREEMPTIBLE, LADDER, narrow).column is None
+
+
+def test_a_refinement_that_will_hardly_reach_its_end_gains_little() -> None:
+    """The short one wins by its chance not to be preempted, though the long one gains more a second."""
+    near, far = ticket(50, "1"), ticket(40, "2")
+    skipping = Ladder(("1", "2", "3"), {**ACCURACY, ("2", "3"): 0.999})
+    slow = LiveProfile(profile_of({"1": 1.0, "2": 3.0, "3": 6.0}), 0.95, preemption_s=0.0003)
+    assert plan([near, far], 0.0, slow, skipping).batch == (far,)
+    many = Traffic(400.0, (0.004,))
+    assert plan([near, far], 0.0, slow, skipping, many, answer_worth=0.0).batch == (near,)
+
+
+def test_a_deeper_column_opens_only_where_hardly_anybody_comes() -> None:
+    """A first run makes way for nobody, so it is to be a short one where others come."""
+    assert plan([ticket(8.5)], 0.0, PREEMPTIBLE, LADDER, Traffic(20.0, (0.05,))).column == "3"
+    assert plan([ticket(8.5)], 0.0, PREEMPTIBLE, LADDER, Traffic(40.0, (0.05,))).column == "1"
+
+
+def test_who_is_alone_is_tried_for_with_little_time_while_there_is_time_for_everybody() -> None:
+    hopeful = Anytime(hope=0.4)
+    hurried = ticket(0.5)
+
+    def column(*others: Ticket, traffic: Traffic = NO_TRAFFIC) -> tuple[str | None, tuple[Ticket, ...]]:
+        decided = hopeful.plan(Queue(LADDER, [hurried, *others]), 0.0, NO_GAIN, LADDER, traffic)
+        return decided.column, decided.batch
+
+    def is_let_in(ready_by_ms: float, *others: Ticket, traffic: Traffic = NO_TRAFFIC) -> bool:
+        waiting = Queue(LADDER, others)
+        return hopeful.admit(ready_by_ms / 1e3, 0.0, 0.0, waiting, NO_GAIN, LADDER, traffic).is_accepted
+
+    assert column() == ("1", (hurried,))
+    assert plan([hurried], 0.0, NO_GAIN, LADDER).column is None
+    relaxed = ticket(20)
+    assert column(relaxed) == ("1", (relaxed,))  # it must not cost others their time
+    assert column(traffic=FLOOD) == (None, ())
+    assert is_let_in(0.5)
+    assert not is_let_in(0.3)
+    assert not is_let_in(0.5, relaxed)
+    assert not is_let_in(0.5, traffic=FLOOD)
+
+
 FLOOD = Traffic(10_000.0, (0.05,))
 """Many more than could be served even in the best batches of GAIN, four in 1.3 ms."""
 
@@ -386,7 +441,7 @@ class TestAdmission:
         assert admit(0.0021, 0.0, 0.0, [], erratic, LADDER, SCARCE).is_accepted
 
     def test_whoever_is_more_likely_in_time_than_not_is_let_in_when_there_is_time_for_everybody(self) -> None:
-        erratic, plenty = profile_of(MS, high=2.0), Traffic(rate_hz=900.0)
+        erratic, plenty = profile_of(MS, high=2.0), Traffic(rate_hz=700.0)
         assert admit(0.0011, 0.0, 0.0, [], erratic, LADDER, plenty).is_accepted
         assert not admit(0.0009, 0.0, 0.0, [], erratic, LADDER, plenty).is_accepted
         assert admit(0.0021, 0.0, 0.0, [ticket(1.9)], erratic, LADDER, plenty).is_accepted

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from service.ladder import ConfidenceTable, Ladder
-from service.waiting import NO_TRAFFIC, Queue, Ticket, Traffic, TrafficMonitor
+from service.waiting import N_LOOKED_AT, NO_TRAFFIC, Queue, Ticket, Traffic, TrafficMonitor
 from tests.fakes import ACCURACY
 from tests.service.strategies import LADDER, ladders, ticket, tickets, traffics
 
@@ -122,6 +122,33 @@ def test_those_are_lost_who_have_no_time_left_when_the_run_is_over() -> None:
     assert Traffic(1000.0, (0.005,)).losses(0.008, 0.001) == pytest.approx(4)
     assert Traffic(1000.0, (0.005, 0.009)).losses(0.008, 0.001) == pytest.approx(2)
     assert Traffic(1000.0, (0.0005,)).losses(0.008, 0.001) == 0  # would have been lost anyway
+
+
+def test_a_short_wait_costs_some_of_those_whose_time_is_short() -> None:
+    """Column 1 takes 1 to 2 ms. Who has 1.5 ms is in time every other time, after 0.2 ms in 3 of 10."""
+    assert Traffic(1000.0, (0.0015,)).losses_hz(0.0002, 0.001, 0.002) == pytest.approx(200)
+    assert Traffic(1000.0, (0.0015, 0.050)).losses_hz(0.0002, 0.001, 0.002) == pytest.approx(100)
+    assert Traffic(1000.0, (0.0009,)).losses_hz(0.0002, 0.001, 0.002) == 0  # would have been lost anyway
+    assert Traffic(1000.0, (0.0021,)).losses_hz(0.0002, 0.001, 0.002) == pytest.approx(100)
+    assert Traffic(1000.0, (0.0022,)).losses_hz(0.0002, 0.001, 0.002) == 0
+    assert NO_TRAFFIC.losses_hz(0.0002, 0.001, 0.002) == 0
+
+
+@given(traffics, st.floats(1e-5, 0.01), st.floats(0, 0.05), st.floats(1e-4, 0.02))
+def test_law_a_few_who_wait_stand_for_all(
+    traffic: Traffic, wait_s: float, least_s: float, width_s: float
+) -> None:
+    def in_time(left_s: float) -> float:
+        return min(max((left_s - least_s) / width_s, 0.0), 1.0)
+
+    most_s = least_s + width_s
+    at_risk = [s for s in traffic.slacks_s if least_s <= s < most_s + wait_s]
+    losses = [in_time(s) - in_time(s - wait_s) for s in at_risk]
+    expected_hz = traffic.rate_hz * sum(losses) / max(1, len(traffic.slacks_s))
+    found_hz = traffic.losses_hz(wait_s, least_s, most_s)
+    if len(at_risk) < N_LOOKED_AT:
+        assert found_hz == pytest.approx(expected_hz, abs=1e-6)
+    assert 0 <= found_hz <= traffic.rate_hz * min(1.0, wait_s / width_s) * (1 + 1 / N_LOOKED_AT) + 1e-9
 
 
 @given(traffics, st.floats(0, 0.1), st.floats(1e-4, 0.02))
