@@ -177,11 +177,12 @@ class Simulation:
             ladder=self._ladder,
             traffic=replica.monitor.traffic(now_s),
         )
-        admission = admit(busy_until_s=replica.busy_until_s)
+        busy_until_s = replica.busy_until_s if replica.batch else now_s
+        admission = admit(busy_until_s=busy_until_s)
         sooner_s = now_s + replica.profile.preemption_s
         preempts = (
-            now_s + admission.needs_s > request.ready_by_s
-            and sooner_s < replica.busy_until_s
+            (not admission.is_accepted or now_s + admission.needs_s > request.ready_by_s)
+            and sooner_s < busy_until_s
             and not replica.is_preempted
             and all(other.columns_run for other in replica.batch)
         )
@@ -190,7 +191,7 @@ class Simulation:
         if not admission.is_accepted:
             self._outcome[request.index] = "rejected"
             return
-        if preempts and replica.batch:
+        if preempts:
             replica.is_preempted, replica.busy_until_s = True, sooner_s
             self._end_at(sooner_s, place)
         replica.queue.add(request)

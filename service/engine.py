@@ -143,7 +143,7 @@ class InferenceThread:
     ) -> asyncio.Future[NDArray[np.float32]]:
         """Begin a run in the thread, or have it done at once if it is brief."""
         self._preemption = Preemption()
-        call = partial(self._inference.run, column, _together(images_HWC), self._preemption)
+        call = partial(self._run_together, column, images_HWC, self._preemption)
         if not is_brief:
             return self._submit(call)
         done: asyncio.Future[NDArray[np.float32]] = asyncio.get_running_loop().create_future()
@@ -152,6 +152,11 @@ class InferenceThread:
         except Exception as error:  # noqa: BLE001 - whoever waits for the run is told
             done.set_exception(error)
         return done
+
+    def _run_together(
+        self, column: str, images_HWC: Sequence[NDArray[np.uint8]], preemption: Preemption
+    ) -> NDArray[np.float32]:
+        return self._inference.run(column, _together(images_HWC), preemption)
 
     def start_blank(self, column: str) -> asyncio.Future[NDArray[np.float32]]:
         """Begin a run on one black picture in the thread."""
@@ -407,7 +412,8 @@ class Engine:
         free_s = self._busy_until_s(now_s)
         admission = admit(busy_until_s=free_s)
         sooner_s = now_s + self._profile.preemption_s
-        preempts = now_s + admission.needs_s > ready_by_s and sooner_s < free_s and self._is_preemptible
+        is_urgent = not admission.is_accepted or now_s + admission.needs_s > ready_by_s
+        preempts = is_urgent and sooner_s < free_s and self._is_preemptible
         if preempts:
             free_s = sooner_s
             admission = admit(busy_until_s=free_s)
@@ -552,7 +558,7 @@ class Engine:
         request.timer = self._call_at(request.ready_by_s, partial(self._ready_or_never, request))
         self._queue.add(request)
         self._n_changes += 1
-        if self._judged.preempts:
+        if self._judged.preempts and self._is_preemptible:  # it may have come to be in vain meanwhile
             self._preempt()
         if self._running is None and not self._is_advance_due:
             # Not at once: whoever was read in the same turn of the event loop can join the first run.
@@ -711,15 +717,17 @@ class Engine:
             logits_NK = done.result()
             if run.batch:
                 for request, logits_K in list(zip(run.batch, logits_NK, strict=True)):
-                    if not request.settled.done():
+                    if not request.settled.done():  # its caller may have left
                         self._take_in(request, run, logits_K)
                 # When the answers are on their way: nobody waits for what is learnt.
                 self._call_soon(partial(self._learn, run, elapsed_s))
             self._health.succeeded(run.column)
         except Preempted:
             self._observe_preempted_run(run.column)
+            if elapsed_s > run.predicted_s:  # or nothing would be learnt of a column that never ends in time
+                self._learn(run, elapsed_s)
             for request in [one for one in run.batch if not one.settled.done()]:
-                request.lost_s += elapsed_s
+                request.lost_s += elapsed_s * (1 - share)
                 self._queue.add(request)
         except (Exception, asyncio.CancelledError) as error:  # whatever a run raises fails this run alone
             logger.exception(
@@ -730,6 +738,8 @@ class Engine:
                 self._settle_with_what_there_is(request, "failed", "load")
             if why := self._health.failed(run.column, error, is_final=isinstance(error, DeviceLost)):
                 self._break(why)
+        finally:
+            del done  # an error holds this frame, and it would hold the error
         self._advance()
 
     def _learn(self, run: _Running, elapsed_s: float) -> None:
@@ -792,9 +802,8 @@ class Engine:
             assert self._running is not None  # noqa: S101 - for the type checker: there is a batch
             request.inference_s += now_s - self._running.started_s
             request.runs.append(self._running.until(now_s))
-        if request.settled.done():
-            return
-        request.settled.set_result(self._served(request, outcome, now_s, stopped_by))
+        if not request.settled.done():  # it is if its task was cancelled
+            request.settled.set_result(self._served(request, outcome, now_s, stopped_by))
         if self._is_in_vain:
             self._preempt()
 

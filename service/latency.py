@@ -267,6 +267,9 @@ class LiveProfile(LatencyProfile):
         keep = math.exp(-idle_s / self.MEMORY_S)
         self._shared_log *= keep
         self._tail.fade(1 - keep)
+        if self.preemption_s < math.inf:
+            self._preemption.fade(1 - keep)
+            self.preemption_s = self._preemption.value
         for own in self._own_log.values():
             for size in own:
                 own[size] *= keep

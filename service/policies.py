@@ -52,7 +52,8 @@ class OneShot:
         """
         reason: StoppedBy = "deepest"
         finished = tuple((ticket, reason) for same in waiting.answered.values() for ticket in same)
-        least_s = self._least_s(profile, ladder, traffic)
+        hope = self._hope if len(waiting.unanswered) == 1 else 1.0
+        least_s = least_to_try_s(profile, self._column(profile, ladder), traffic, hope)
         queue: list[TicketT] = []
         if self._by_deadline:
             first = bisect_left(waiting.unanswered, now_s + least_s, key=ready_by)
@@ -79,12 +80,15 @@ class OneShot:
         traffic: Traffic = NO_TRAFFIC,
     ) -> Admission:
         """Take everyone in whose run would fit on an idle server; who waits too long is dropped later."""
-        needs_s = self._least_s(profile, ladder, traffic)
-        return Admission(is_accepted=now_s + needs_s <= ready_by_s, needs_s=needs_s)
+        column = self._column(profile, ladder)
+        hope = 1.0 if waiting.unanswered else self._hope
+        least_s = least_to_try_s(profile, column, traffic, hope)
+        needs_s = profile.latency(column, 1).median_s
+        return Admission(is_accepted=now_s + least_s <= ready_by_s, needs_s=needs_s)
 
-    def _least_s(self, profile: LatencyProfile, ladder: Ladder, traffic: Traffic) -> float:
-        column = self._choose((), 0.0, profile, ladder)[0]
-        return least_to_try_s(profile, column, traffic, self._hope)
+    def _column(self, profile: LatencyProfile, ladder: Ladder) -> str:
+        """The least that it runs."""
+        return self._choose((), 0.0, profile, ladder)[0]
 
 
 def _fixed(place: int) -> Choice:

@@ -243,7 +243,8 @@ class Anytime:
         if not (is_scarce or waiting.unanswered):  # the usual case, and a request's time is short
             alone = profile.latency(ladder.shallowest, 1)
             needs_s = max(start_s - now_s + alone.median_s, alone.likely_s)
-            return Admission(is_accepted=now_s + self._hope * needs_s <= ready_by_s, needs_s=needs_s)
+            spared_s = (1 - self._hope) * alone.median_s
+            return Admission(is_accepted=now_s + needs_s - spared_s <= ready_by_s, needs_s=needs_s)
         before_s = [ticket.ready_by_s for ticket in waiting.unanswered]
         place = bisect_right(before_s, ready_by_s)
         with_it_s = [*before_s[:place], ready_by_s, *before_s[place:]]
@@ -456,7 +457,7 @@ def _best_way(
         cost_s = first_s + sum(latency.likely_s for latency in rest)
         if now_s + cost_s > ticket.ready_by_s:
             continue
-        if way.gain <= best_worth[0]:
+        if way.gain < best_worth[0]:
             continue
         share, losses = risks.of(first_s, is_refinement=bool(ticket.columns_run))
         worth = share * way.gain - answer_worth * losses

@@ -218,7 +218,7 @@ async def test_no_first_answer_makes_way_for_another() -> None:
     bench = Bench(profile=Still(PROFILE, 0.95, preemption_s=PREEMPTION_S))
     await bench.begin(1, 0.050)
     with pytest.raises(Rejected):
-        bench.submit(2, 0.0016)
+        bench.submit(2, 0.0018)
     assert bench.processor.n_preempted == 0
 
 
@@ -236,10 +236,11 @@ async def test_a_run_that_nobody_waits_for_any_more_is_ended() -> None:
 @in_virtual_time
 async def test_where_a_run_cannot_be_ended_it_is_not_told_to() -> None:
     bench = Bench(profile=Still(PROFILE, 0.95))
-    bench.submit(1, 0.050)
+    patient = bench.submit(1, 0.050)
     await asyncio.sleep(0.002)
     with pytest.raises(Rejected):
         bench.submit(2, 0.002)
+    bench.engine.leave(patient)  # the run is in vain now
     assert bench.processor.n_preempted == 0
 
 
@@ -255,6 +256,40 @@ async def test_a_result_that_was_there_when_the_run_was_to_end_is_used() -> None
     assert bench.processor.n_preempted == 1
     assert not bench.preempted_runs
     assert [run.column for run in (await patient.settled).runs] == ["1", "2", "3"]
+
+
+@in_virtual_time
+async def test_a_column_that_never_ends_in_time_is_learnt_from_though_it_is_ended() -> None:
+    def slow(column: str, n_images: int) -> float:
+        return as_measured(column, n_images) * (4 if column == "3" else 1)
+
+    bench = Bench(duration_s=slow, profile=LiveProfile(PROFILE, 0.95, preemption_s=PREEMPTION_S))
+    before_s = bench.profile.latency("3", 1).median_s
+    for identity in range(20):
+        await bench.submit(identity, 0.016).settled
+        await asyncio.sleep(0.005)
+    assert bench.preempted_runs.count("3") > 0
+    assert bench.profile.latency("3", 1).median_s > 1.2 * before_s
+
+
+@in_virtual_time
+async def test_a_run_ends_when_the_task_that_waits_for_it_is_cancelled() -> None:
+    bench = Bench(profile=Still(PROFILE, 0.95, preemption_s=PREEMPTION_S))
+    request = await bench.begin(1, 0.050)
+    request.settled.cancel()
+    bench.engine.leave(request)
+    assert bench.processor.n_preempted == 1
+
+
+@in_virtual_time
+async def test_one_who_comes_after_another_with_the_same_deadline_is_judged_as_well() -> None:
+    policy = Watched()
+    bench = Bench(policy=policy)
+    bench.engine.check_admission(0.0, 0.050)
+    bench.submit(1, 0.050)
+    assert policy.n_admissions == 1
+    bench.submit(2, 0.050)
+    assert policy.n_admissions == 2
 
 
 @in_virtual_time

@@ -134,6 +134,11 @@ def test_a_short_wait_costs_some_of_those_whose_time_is_short() -> None:
     assert NO_TRAFFIC.losses_hz(0.0002, 0.001, 0.002) == 0
 
 
+def test_a_few_of_many_who_wait_count_for_all_of_them() -> None:
+    many = Traffic(1000.0, (0.0015,) * 10 * N_LOOKED_AT)
+    assert many.losses_hz(0.0002, 0.001, 0.002) == pytest.approx(200, rel=0.15)
+
+
 @given(traffics, st.floats(1e-5, 0.01), st.floats(0, 0.05), st.floats(1e-4, 0.02))
 def test_law_a_few_who_wait_stand_for_all(
     traffic: Traffic, wait_s: float, least_s: float, width_s: float
