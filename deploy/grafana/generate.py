@@ -277,7 +277,10 @@ ENGINEER = dashboard(
                     "Do runs fail?",
                     "Runs without a result. Who had an answer was sent it. See AnytimeRunsFailing.",
                     "ops",
-                    {"column {{column}}": rate("anytime_failed_runs_total", by="column")},
+                    {
+                        "column {{column}}": rate("anytime_failed_runs_total", by="column"),
+                        "column {{column}}, preempted": rate("anytime_preempted_runs_total", by="column"),
+                    },
                     width=6,
                     thresholds=(("green", None), ("red", 0.001)),
                 ),
