@@ -365,7 +365,9 @@ def n_waiting(address: tuple[str, int]) -> float:
 
 
 def test_a_run_that_hangs_is_left_behind(start: Callable[..., Process], tmp_path: Path) -> None:
-    process = start(endless(tmp_path), "--grpc-port=", "--drain-timeout-s=0.5", "--drain-linger-s=0.1")
+    process = start(
+        endless(tmp_path), "--grpc-port=", "--brief-run-ms=0", "--drain-timeout-s=0.5", "--drain-linger-s=0.1"
+    )
     with contextlib.ExitStack() as stack:
         connections: list[socket.socket] = []
         while not connections or not n_waiting(process.address()):  # behind the run that does not end
