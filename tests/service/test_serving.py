@@ -364,7 +364,9 @@ def n_waiting(address: tuple[str, int]) -> float:
         return float(re.findall(rb"^anytime_queue_length (\S+)$", response.read(), re.MULTILINE)[0])
 
 
-def test_a_run_that_hangs_is_left_behind(start: Callable[..., Process], tmp_path: Path) -> None:
+def test_a_run_that_does_not_end_by_itself_is_ended_when_nobody_waits_for_it(
+    start: Callable[..., Process], tmp_path: Path
+) -> None:
     process = start(
         endless(tmp_path), "--grpc-port=", "--brief-run-ms=0", "--drain-timeout-s=0.5", "--drain-linger-s=0.1"
     )
@@ -377,7 +379,8 @@ def test_a_run_that_hangs_is_left_behind(start: Callable[..., Process], tmp_path
         assert {answer(connection) for connection in connections} == {(503, "close")}
 
     assert process.status() == 0
-    assert "left behind" in process.said
+    assert "did not end within 0.5 s" in process.said
+    assert "left behind" not in process.said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
