@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from loadtests.arrivals import Arrivals
 from loadtests.offline import Offline, Outcomes, processor_name, read_test_images
 from loadtests.oracle import Bound, bound
 from loadtests.records import Record
+from service import scheduling
 from service.ladder import ConfidenceTable, Ladder
 from service.latency import Latency, LatencyProfile, LiveProfile
 from service.policies import POLICY_NAMES, PolicyName, named
@@ -89,7 +89,14 @@ class _Replica:
     """One server: a queue, and at most one run."""
 
     __slots__ = (
-        *("batch", "busy_until_s", "column", "end", "is_preempted", "monitor", "profile", "queue"),
+        "batch",
+        "busy_until_s",
+        "column",
+        "end",
+        "is_preempted",
+        "monitor",
+        "profile",
+        "queue",
         "started_s",
     )
 
@@ -168,30 +175,26 @@ class Simulation:
         replica = self._replicas[place]
         _drop_expired(replica, now_s)
         replica.monitor.arrived(now_s, request.ready_by_s - now_s)
-        admit = partial(
-            self._policy.admit,
+        busy_until_s, sooner_s = now_s, math.inf
+        if replica.batch:
+            busy_until_s = replica.busy_until_s
+            if not replica.is_preempted and all(other.columns_run for other in replica.batch):
+                sooner_s = now_s + replica.profile.preemption_s
+        admission = scheduling.admit(
+            self._policy,
             request.ready_by_s,
             now_s,
-            waiting=replica.queue,
-            profile=replica.profile,
-            ladder=self._ladder,
-            traffic=replica.monitor.traffic(now_s),
+            busy_until_s,
+            sooner_s,
+            replica.queue,
+            replica.profile,
+            self._ladder,
+            replica.monitor.traffic(now_s),
         )
-        busy_until_s = replica.busy_until_s if replica.batch else now_s
-        admission = admit(busy_until_s=busy_until_s)
-        sooner_s = now_s + replica.profile.preemption_s
-        preempts = (
-            (not admission.is_accepted or now_s + admission.needs_s > request.ready_by_s)
-            and sooner_s < busy_until_s
-            and not replica.is_preempted
-            and all(other.columns_run for other in replica.batch)
-        )
-        if preempts:
-            admission = admit(busy_until_s=sooner_s)
         if not admission.is_accepted:
             self._outcome[request.index] = "rejected"
             return
-        if preempts:
+        if admission.preempts:
             replica.is_preempted, replica.busy_until_s = True, sooner_s
             self._end_at(sooner_s, place)
         replica.queue.add(request)

@@ -156,7 +156,9 @@ class InferenceThread:
     def _run_together(
         self, column: str, images_HWC: Sequence[NDArray[np.uint8]], preemption: Preemption
     ) -> NDArray[np.float32]:
-        return self._inference.run(column, _together(images_HWC), preemption)
+        # Of a single one a view: stacking takes as long as a tenth of a column.
+        images_NHWC = images_HWC[0][np.newaxis] if len(images_HWC) == 1 else np.stack(images_HWC)
+        return self._inference.run(column, images_NHWC, preemption)
 
     def start_blank(self, column: str) -> asyncio.Future[NDArray[np.float32]]:
         """Begin a run on one black picture in the thread."""
@@ -205,11 +207,6 @@ class InferenceThread:
             del work, call, done, settle  # an error holds this frame, and with it what the run needed
         if not self._keeps_inference:
             self._inference.close()  # here, because it may wait for others on the GPU
-
-
-def _together(images_HWC: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """One array of them; of a single one a view, since stacking takes as long as a tenth of a column."""
-    return images_HWC[0][np.newaxis] if len(images_HWC) == 1 else np.stack(images_HWC)
 
 
 def _set(done: asyncio.Future[Result], result: Result) -> None:
@@ -400,23 +397,19 @@ class Engine:
         if n_unanswered >= self._max_waiting:
             self._traffic.arrived(now_s, ready_by_s - now_s)
             raise self.refusal(f"{n_unanswered} requests wait for their first answer: retry later.", "load")
-        admit = partial(
-            self._policy.admit,
+        free_s = self._busy_until_s(now_s)
+        sooner_s = now_s + self._profile.preemption_s if self._is_preemptible else math.inf
+        admission = scheduling.admit(
+            self._policy,
             ready_by_s,
             now_s,
-            waiting=self._queue,
-            profile=self._profile,
-            ladder=self._ladder,
-            traffic=self._traffic.traffic(now_s),
+            free_s,
+            sooner_s,
+            self._queue,
+            self._profile,
+            self._ladder,
+            self._traffic.traffic(now_s),
         )
-        free_s = self._busy_until_s(now_s)
-        admission = admit(busy_until_s=free_s)
-        sooner_s = now_s + self._profile.preemption_s
-        is_urgent = not admission.is_accepted or now_s + admission.needs_s > ready_by_s
-        preempts = is_urgent and sooner_s < free_s and self._is_preemptible
-        if preempts:
-            free_s = sooner_s
-            admission = admit(busy_until_s=free_s)
         if not admission.is_accepted:
             self._doubt(now_s)
             self._traffic.arrived(now_s, ready_by_s - now_s)
@@ -424,8 +417,8 @@ class Engine:
                 self._why_not_in_time(arrived_s, deadline_s, now_s, admission.needs_s),
                 self._reason(arrived_s, deadline_s, now_s, spent_on),
             )
-        until_s = max(ready_by_s - admission.needs_s, free_s)
-        self._judged = _Judged(deadline_s, self._n_changes, until_s, preempts)
+        until_s = max(ready_by_s - admission.needs_s, sooner_s if admission.preempts else free_s)
+        self._judged = _Judged(deadline_s, self._n_changes, until_s, admission.preempts)
 
     def _why_not_in_time(self, arrived_s: float, deadline_s: float, now_s: float, needs_s: float) -> str:
         """One sentence; retrying is advised only to one whose budget would do on an idle server."""
@@ -467,25 +460,22 @@ class Engine:
         return self._running.busy_until_s if self._running else now_s
 
     @property
+    def _in_preemptible_run(self) -> tuple[Request, ...]:
+        """Those in a run that could be told to end, and has not been."""
+        can_be = self._preempted_s is None and self._profile.preemption_s < math.inf
+        return self._in_run() if can_be else ()
+
+    @property
     def _is_preemptible(self) -> bool:
-        """A run is in progress in which nobody waits for a first answer, and which has not been preempted."""
-        batch = self._in_run()
-        return (
-            self._preempted_s is None
-            and bool(batch)
-            and all(r.columns_run or r.settled.done() for r in batch)
-        )
+        """A run is in progress that could be told to end, and in which nobody waits for a first answer."""
+        batch = self._in_preemptible_run
+        return bool(batch) and all(one.columns_run or one.settled.done() for one in batch)
 
     @property
     def _is_in_vain(self) -> bool:
-        """A run that could be preempted is in progress, and nobody waits for it any more."""
-        batch = self._in_run()
-        return (
-            self._preempted_s is None
-            and self._profile.preemption_s < math.inf
-            and bool(batch)
-            and all(request.settled.done() for request in batch)
-        )
+        """A run is in progress that could be told to end, and nobody waits for it any more."""
+        batch = self._in_preemptible_run
+        return bool(batch) and all(one.settled.done() for one in batch)
 
     def _preempt(self) -> None:
         """Have the run in progress make way; whoever still wants it waits for another."""
@@ -798,8 +788,7 @@ class Engine:
         if request in self._queue:
             self._queue.remove(request)
             request.queue_s += now_s - request.waiting_since_s
-        elif request in self._in_run():
-            assert self._running is not None  # noqa: S101 - for the type checker: there is a batch
+        elif self._running and request in self._running.batch:
             request.inference_s += now_s - self._running.started_s
             request.runs.append(self._running.until(now_s))
         if not request.settled.done():  # it is if its task was cancelled

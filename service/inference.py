@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, Self
+from typing import Annotated, Any, Literal, Protocol, Self, cast
 
 import numpy as np
 import onnxruntime
@@ -260,18 +260,14 @@ class Inference:
     def _logits(
         self, column: str, images_NHWC: NDArray[np.uint8], preemption: Preemption | None
     ) -> NDArray[np.float32]:
-        session, inputs = self._sessions[column], {INPUT_NAME: images_NHWC}
-        logits_NK: NDArray[np.float32]
-        if preemption is None or not self.is_preemptible:
-            [logits_NK] = session.run([OUTPUT_NAME], inputs)
-            return logits_NK
+        options = (preemption.options,) if preemption and self.is_preemptible else ()
         try:
-            [logits_NK] = session.run([OUTPUT_NAME], inputs, preemption.options)
+            [logits_NK] = self._sessions[column].run([OUTPUT_NAME], {INPUT_NAME: images_NHWC}, *options)
         except Exception as error:  # onnxruntime's own exceptions have no public base class
-            if preemption.is_demanded:
+            if preemption and preemption.is_demanded:
                 raise Preempted from error
             raise
-        return logits_NK
+        return cast("NDArray[np.float32]", logits_NK)
 
     def combine(
         self, columns_run: tuple[str, ...], logits_K: Sequence[NDArray[np.float32]]

@@ -37,9 +37,6 @@ class LatencyProfile:
             them.
     """
 
-    preemption_s: float = math.inf
-    """How long a run goes on that is told to end [s]; infinite where it cannot be told."""
-
     def __init__(self, latencies: Mapping[str, Mapping[int, Latency]]) -> None:
         sizes = {tuple(sorted(by_size)) for by_size in latencies.values()}
         if len(sizes) != 1 or not (batch_sizes := sizes.pop()) or batch_sizes[0] != 1:
@@ -49,6 +46,11 @@ class LatencyProfile:
         self.batch_sizes = batch_sizes
         self._latencies = {column: dict(by_size) for column, by_size in latencies.items()}
         self._best_batch: dict[str, tuple[float, int]] = {}
+
+    @property
+    def preemption_s(self) -> float:
+        """How long a run goes on that is told to end [s]; infinite where it cannot be told."""
+        return math.inf
 
     def best_batch(self, column: str) -> tuple[float, int]:
         """Time per image in the batches that are cheapest per image [s], and their size."""
@@ -195,14 +197,20 @@ class LiveProfile(LatencyProfile):
 
     def __init__(self, measured: LatencyProfile, quantile: float, *, preemption_s: float = math.inf) -> None:
         super().__init__(dict(measured.items()))
-        self.preemption_s = preemption_s
-        self._preemption = Quantile(
-            preemption_s, quantile=quantile, step=self.TAIL_STEP, least=self.LEAST_S, most=self.MOST_S
-        )
+        self._preemption: Quantile | None = None
+        if preemption_s < math.inf:
+            self._preemption = Quantile(
+                preemption_s, quantile=quantile, step=self.TAIL_STEP, least=self.LEAST_S, most=self.MOST_S
+            )
         self._measured = {column: dict(by_size) for column, by_size in measured.items()}
         self._own_log = {column: dict.fromkeys(by_size, 0.0) for column, by_size in measured.items()}
         self._shared_log = 0.0
         self._tail = Quantile(1.0, quantile=quantile, step=self.TAIL_STEP, least=0.2, most=5.0)
+
+    @property
+    def preemption_s(self) -> float:
+        """How long a run likely goes on that is told to end [s]; infinite where it cannot be told."""
+        return self._preemption.value if self._preemption else math.inf
 
     @property
     def slowdown(self) -> float:
@@ -255,8 +263,8 @@ class LiveProfile(LatencyProfile):
 
     def observe_preemption(self, took_s: float) -> None:
         """Learn from one run that was told to end."""
-        self._preemption.observe(took_s)
-        self.preemption_s = self._preemption.value
+        if self._preemption:
+            self._preemption.observe(took_s)
 
     def fade(self, idle_s: float) -> None:
         """Forget part of what was learnt, because nothing was learnt for this long [s].
@@ -267,9 +275,8 @@ class LiveProfile(LatencyProfile):
         keep = math.exp(-idle_s / self.MEMORY_S)
         self._shared_log *= keep
         self._tail.fade(1 - keep)
-        if self.preemption_s < math.inf:
+        if self._preemption:
             self._preemption.fade(1 - keep)
-            self.preemption_s = self._preemption.value
         for own in self._own_log.values():
             for size in own:
                 own[size] *= keep

@@ -171,7 +171,7 @@ class Metrics:
         )
         self._failed_runs = self._counter("anytime_failed_runs_total", "Runs that gave no result", "column")
         self._preempted_runs = self._counter(
-            "anytime_preempted_runs_total", "Runs that were ended for somebody's first answer", "column"
+            "anytime_preempted_runs_total", "Runs that were told to end before they had a result", "column"
         )
         self._saved_s = self._counter(
             "anytime_inference_saved_seconds_total",

@@ -6,6 +6,7 @@ Must not know of HTTP, gRPC or other models.
 import asyncio
 import contextlib
 import contextvars
+import heapq
 import logging
 import math
 import os
@@ -319,10 +320,7 @@ class Model:
         assert served.probabilities_K is not None  # noqa: S101 - for the type checker: an answer has them
         labels = self.manifest.labels
         probabilities: list[float] = served.probabilities_K.tolist()
-        if asked.top_k == 1:
-            order = [probabilities.index(max(probabilities))]
-        else:
-            order = sorted(range(len(probabilities)), key=lambda i: -probabilities[i])[: asked.top_k]
+        order = heapq.nlargest(asked.top_k, range(len(probabilities)), key=probabilities.__getitem__)
         top = [{"label": labels[i], "index": i, "probability": probabilities[i]} for i in order]
         return {
             "model": self.name,

@@ -11,7 +11,8 @@ latency where none does; a series of runs by the high quantile of their sum.
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Generic, Literal, Protocol, get_args
 
 from service.ladder import Improvement, Ladder
@@ -76,10 +77,12 @@ class Admission:
         is_accepted: Its column 1 is predicted to be there in time, and nobody admitted before loses theirs by
             it.
         needs_s: Predicted time until its column 1 would be there [s from now].
+        preempts: The refinement in progress must make way for that.
     """
 
     is_accepted: bool
     needs_s: float
+    preempts: bool = False
 
 
 class Policy(Protocol):
@@ -129,6 +132,40 @@ class Policy(Protocol):
             ladder: Its shallowest column is what is promised.
             traffic: What to expect to arrive.
         """
+
+
+def admit(
+    policy: Policy,
+    ready_by_s: float,
+    now_s: float,
+    busy_until_s: float,
+    sooner_s: float,
+    waiting: Queue[TicketT],
+    profile: LatencyProfile,
+    ladder: Ladder,
+    traffic: Traffic,
+) -> Admission:
+    """Ask a policy whether to take in a request that arrives now, and have a refinement make way if it must.
+
+    Args:
+        policy: That decides.
+        ready_by_s: As `Policy.admit`.
+        now_s: As `Policy.admit`.
+        busy_until_s: As `Policy.admit`.
+        sooner_s: When the run in progress would end if it were preempted; infinity if it cannot be [s].
+        waiting: As `Policy.admit`.
+        profile: As `Policy.admit`.
+        ladder: As `Policy.admit`.
+        traffic: As `Policy.admit`.
+    """
+    ask = partial(
+        policy.admit, ready_by_s, now_s, waiting=waiting, profile=profile, ladder=ladder, traffic=traffic
+    )
+    admission = ask(busy_until_s=busy_until_s)
+    is_urgent = not admission.is_accepted or now_s + admission.needs_s > ready_by_s
+    if is_urgent and sooner_s < busy_until_s:
+        return replace(ask(busy_until_s=sooner_s), preempts=True)
+    return admission
 
 
 _LOAD: StoppedBy = "load"
@@ -479,14 +516,12 @@ class _Risks:
         column_1 = profile.latency(ladder.shallowest, 1)
         self._column_1_s = column_1.likely_s
         self._losses_hz = 0.0
-        if self._is_preemptible and traffic.rate_hz:
+        if self._is_preemptible:
             least_s, most_s = (1 - SPREAD) * column_1.median_s, (1 + SPREAD) * column_1.median_s
             self._losses_hz = traffic.losses_hz(profile.preemption_s, least_s, max(most_s, column_1.high_s))
 
     def of(self, run_s: float, *, is_refinement: bool = True) -> tuple[float, float]:
         """How likely such a run is to reach its end, and how many lose their answer because of it."""
-        if not self._traffic.rate_hz:
-            return 1.0, 0.0
         losses = self._traffic.losses(run_s, self._column_1_s)
         if not (self._is_preemptible and is_refinement):
             return 1.0, losses

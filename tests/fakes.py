@@ -92,7 +92,8 @@ class FakeProcessor:
     def preempt(self) -> None:
         """End the run in progress soon."""
         self.n_preempted += 1
-        assert self._preempt, "the engine must not preempt when nothing runs"
+        assert self.is_running, "the engine must not preempt when nothing runs"
+        assert self._preempt, "nor a brief run"
         self._preempt()
 
     def start_blank(self, column: str) -> asyncio.Future[NDArray[np.float32]]:

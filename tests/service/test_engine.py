@@ -153,6 +153,19 @@ class Bench:
         return request
 
 
+def preemptible() -> Bench:
+    return Bench(profile=Still(PROFILE, 0.95, preemption_s=PREEMPTION_S))
+
+
+async def refining() -> tuple[Bench, Request]:
+    """A run could be preempted: that of one who has column 1, and waits for a deeper one."""
+    bench = preemptible()
+    request = bench.submit(1, 0.050)
+    await asyncio.sleep(0.002)
+    assert bench.processor.runs[-1][1] != "1"
+    return bench, request
+
+
 def in_virtual_time(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
     def run() -> None:
         run_in_virtual_time(test)
@@ -175,10 +188,7 @@ async def test_a_generous_budget_gets_every_column() -> None:
 
 @in_virtual_time
 async def test_a_refinement_makes_way_for_a_first_answer_that_cannot_wait_for_its_end() -> None:
-    bench = Bench(profile=Still(PROFILE, 0.95, preemption_s=PREEMPTION_S))
-    patient = bench.submit(1, 0.050)
-    await asyncio.sleep(0.002)  # column 1 is there, a deeper one is running
-    assert bench.processor.runs[-1][1] != "1"
+    bench, patient = await refining()
     urgent = bench.submit(2, 0.002)
     served = await urgent.settled
     assert (served.outcome, served.columns_run) == ("answered", ("1",))
@@ -195,9 +205,7 @@ async def test_a_refinement_makes_way_for_a_first_answer_that_cannot_wait_for_it
 
 @in_virtual_time
 async def test_whoever_can_wait_for_a_refinement_lets_it_end() -> None:
-    bench = Bench(profile=Still(PROFILE, 0.95, preemption_s=PREEMPTION_S))
-    bench.submit(1, 0.050)
-    await asyncio.sleep(0.002)
+    bench, _ = await refining()
     await bench.submit(2, 0.030).settled
     assert not bench.preempted_runs
     assert bench.processor.n_preempted == 0
@@ -205,9 +213,7 @@ async def test_whoever_can_wait_for_a_refinement_lets_it_end() -> None:
 
 @in_virtual_time
 async def test_two_who_cannot_wait_preempt_once() -> None:
-    bench = Bench(profile=Still(PROFILE, 0.95, preemption_s=PREEMPTION_S))
-    bench.submit(1, 0.050)
-    await asyncio.sleep(0.002)
+    bench, _ = await refining()
     first, second = bench.submit(2, 0.0019), bench.submit(3, 0.003)
     assert {(await one.settled).outcome for one in (first, second)} == {"answered"}
     assert bench.processor.n_preempted == 1
@@ -215,7 +221,7 @@ async def test_two_who_cannot_wait_preempt_once() -> None:
 
 @in_virtual_time
 async def test_no_first_answer_makes_way_for_another() -> None:
-    bench = Bench(profile=Still(PROFILE, 0.95, preemption_s=PREEMPTION_S))
+    bench = preemptible()
     await bench.begin(1, 0.050)
     with pytest.raises(Rejected):
         bench.submit(2, 0.0018)
@@ -224,7 +230,7 @@ async def test_no_first_answer_makes_way_for_another() -> None:
 
 @in_virtual_time
 async def test_a_run_that_nobody_waits_for_any_more_is_ended() -> None:
-    bench = Bench(profile=Still(PROFILE, 0.95, preemption_s=PREEMPTION_S))
+    bench = preemptible()
     request = await bench.begin(1, 0.050)
     bench.engine.leave(request)
     await asyncio.sleep(PREEMPTION_S * 1.5)
@@ -274,7 +280,7 @@ async def test_a_column_that_never_ends_in_time_is_learnt_from_though_it_is_ende
 
 @in_virtual_time
 async def test_a_run_ends_when_the_task_that_waits_for_it_is_cancelled() -> None:
-    bench = Bench(profile=Still(PROFILE, 0.95, preemption_s=PREEMPTION_S))
+    bench = preemptible()
     request = await bench.begin(1, 0.050)
     request.settled.cancel()
     bench.engine.leave(request)
