@@ -43,6 +43,7 @@ from loadtests.targets import Pictures, Target
 
 N_HALVINGS = 3
 """How often the last rise is halved. More: the rate is known better, by half each time; a step each."""
+PARTS = ("latencies", "load", "silence")
 PROFILE_QUANTILE = 0.99
 BURST_EVERY_S = 0.02
 """Between the requests after a silence [s]: longer than any answer in time takes, so that each is alone."""
@@ -305,28 +306,31 @@ def _quantiles(values: Sequence[float], wanted: Sequence[float]) -> dict[str, fl
 def measure(bench: Bench, chosen: argparse.Namespace) -> dict[str, Any]:
     """Answer the three questions."""
     found: dict[str, Any] = {}
-    print("Latencies by column and batch size.", flush=True)
-    ways = {"CUDA graphs": {}, "no graphs": {"cuda_graphs": "false"}}
-    if chosen.provider != "cuda":
-        ways = {chosen.provider: {}}
-    found["latency_ms"] = {name: bench.latencies_ms(**settings) for name, settings in ways.items()}
-    print(f"Rising load, {chosen.budget_ms:g} ms each.", flush=True)
-    with bench.serving("load") as (url, pictures):
-        steps, why = climb(
-            lambda rate_hz: bench.step(url, pictures, rate_hz),
-            start_hz=chosen.start_rate,
-            factor=chosen.factor,
-            share=chosen.share,
-            n_steps=chosen.steps,
-        )
-    found["load"] = {"steps": [asdict(step) for step in steps], "ended_by": why}
-    held = best(steps, chosen.share)
-    found["load"]["best"] = asdict(held) if held else None
-    found["silence"] = {}
-    for name, keep_warm_ms in (("kept warm", f"{chosen.keep_warm_ms:g}"), ("left alone", "0")):
-        print(f"After {chosen.idle_s:g} s of silence, {name}.", flush=True)
-        with bench.serving(f"idle-{keep_warm_ms}", keep_warm_ms=keep_warm_ms) as (url, pictures):
-            found["silence"][name] = bench.after_silence(url, pictures)
+    if "latencies" in chosen.parts:
+        print("Latencies by column and batch size.", flush=True)
+        ways = {"CUDA graphs": {}, "no graphs": {"cuda_graphs": "false"}}
+        if chosen.provider != "cuda":
+            ways = {chosen.provider: {}}
+        found["latency_ms"] = {name: bench.latencies_ms(**settings) for name, settings in ways.items()}
+    if "load" in chosen.parts:
+        print(f"Rising load, {chosen.budget_ms:g} ms each.", flush=True)
+        with bench.serving("load") as (url, pictures):
+            steps, why = climb(
+                lambda rate_hz: bench.step(url, pictures, rate_hz),
+                start_hz=chosen.start_rate,
+                factor=chosen.factor,
+                share=chosen.share,
+                n_steps=chosen.steps,
+            )
+        found["load"] = {"steps": [asdict(step) for step in steps], "ended_by": why}
+        held = best(steps, chosen.share)
+        found["load"]["best"] = asdict(held) if held else None
+    if "silence" in chosen.parts:
+        found["silence"] = {}
+        for name, keep_warm_ms in (("kept warm", f"{chosen.keep_warm_ms:g}"), ("left alone", "0")):
+            print(f"After {chosen.idle_s:g} s of silence, {name}.", flush=True)
+            with bench.serving(f"idle-{keep_warm_ms}", keep_warm_ms=keep_warm_ms) as (url, pictures):
+                found["silence"][name] = bench.after_silence(url, pictures)
     return found
 
 
@@ -360,19 +364,15 @@ def page(head: Mapping[str, Any], found: Mapping[str, Any], chosen: argparse.Nam
         f"{where}; {head['cores']} cores of {head['processor']}; {head['precision']}; {head['date']}.",
         f"`{head['command']}`",
         "",
-        "## One run",
-        "",
-        *_latency_lines(found["latency_ms"]),
-        "",
-        f"## Answers within {chosen.budget_ms:g} ms",
-        "",
-        *_load_lines(found["load"], chosen.share),
-        "",
-        f"## After {chosen.idle_s:g} s of silence",
-        "",
-        *_silence_lines(found["silence"]),
     ]
-    return "\n".join(lines) + "\n"
+    if "latency_ms" in found:
+        lines += ["## One run", "", *_latency_lines(found["latency_ms"]), ""]
+    if "load" in found:
+        title = f"## Answers within {chosen.budget_ms:g} ms"
+        lines += [title, "", *_load_lines(found["load"], chosen.share), ""]
+    if "silence" in found:
+        lines += [f"## After {chosen.idle_s:g} s of silence", "", *_silence_lines(found["silence"]), ""]
+    return "\n".join(lines)
 
 
 def _latency_lines(measured: Mapping[str, Any]) -> list[str]:
@@ -448,6 +448,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--provider", choices=("cuda", "tensorrt", "cpu"), default="cuda")
     parser.add_argument("--artifact", type=Path, default=Path("model/pretrained"), help="what is served")
     parser.add_argument("--data", type=Path, help="folder that holds cifar-10-batches-py, to tell accuracy")
+    parser.add_argument(
+        "--parts",
+        type=lambda text: text.split(","),
+        default=list(PARTS),
+        help=f"which questions, with commas: {', '.join(PARTS)}",
+    )
     parser.add_argument("--batch-sizes", default="1,2,4,8,16,32,64", help="with commas")
     parser.add_argument("--profile-seconds", type=float, default=30.0, help="for latencies of one run")
     parser.add_argument("--budget-ms", type=float, default=5.0)
@@ -464,6 +470,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write PATH.json and PATH.md")
     chosen = parser.parse_args(arguments)
+    if unknown := [part for part in chosen.parts if part not in PARTS]:
+        parser.error(f"no part is called {unknown[0]!r}: use {', '.join(PARTS)}")
     head = about(chosen, sys.argv[1:] if arguments is None else arguments)
     with tempfile.TemporaryDirectory() as folder:
         try:

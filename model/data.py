@@ -390,3 +390,19 @@ def shift_and_flip(padded_NCHW: Tensor, size: int, mirrored: Tensor, generator: 
     image = torch.arange(n, device=padded_NCHW.device)[:, None, None, None]
     channel = torch.arange(channels, device=padded_NCHW.device)[:, None, None]
     return padded_NCHW[image, channel, ys[:, None, :, None], xs[:, None, None, :]]
+
+
+def cut_out(images_NCHW: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """Set a square of `side` pixels to 0 at a random place of each image; what juts out is lost.
+
+    Source: DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout",
+    arXiv 1708.04552.
+    """
+    n, _, height, width = images_NCHW.shape
+
+    def inside(size: int) -> Tensor:
+        first_N1 = torch.randint(1 - side // 2, size - side // 2 + 1, (n, 1), generator=generator)
+        offset_NS = torch.arange(size, device=images_NCHW.device) - first_N1.to(images_NCHW.device)
+        return (offset_NS >= 0) & (offset_NS < side)
+
+    return images_NCHW.masked_fill((inside(height)[:, :, None] & inside(width)[:, None, :])[:, None], 0)

@@ -10,15 +10,16 @@ https://github.com/gustavla/fractalnet.
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from model.fractalnet import JoinMasks, join_sizes
 
 
 @dataclass(frozen=True)
 class Local:
-    """The joined net, with some inputs of its joins dropped."""
+    """The joined net, with some inputs of its joins dropped; the masks may be numbers: `join_weights`."""
 
-    masks: JoinMasks
+    masks: JoinMasks | Tensor
 
 
 @dataclass(frozen=True)

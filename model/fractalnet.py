@@ -134,6 +134,25 @@ def join_sizes(n_columns: int) -> tuple[int, ...]:
     return tuple(size for size in sizes if size > 1)
 
 
+def join_weights(masks: JoinMasks | Tensor) -> Tensor:
+    """The masks as what each input of each join counts: [B, joins of a block, C], 0 where it is dropped.
+
+    A forward pass under these is one sequence of operations for every mask, as a recorded one must be.
+
+    Raises:
+        ValueError: if a join is left without input.
+    """
+    if isinstance(masks, Tensor):
+        return masks
+    if not all(any(mask) for block in masks for mask in block):
+        raise ValueError("a join lost all its inputs: keep at least one in every mask")
+    n_inputs = max((len(mask) for block in masks for mask in block), default=0)
+    rows = [
+        [[keep / sum(mask) for keep in mask] + [0.0] * (n_inputs - len(mask)) for mask in b] for b in masks
+    ]
+    return torch.tensor(rows)
+
+
 class ConvUnit(nn.Module):
     """Convolution 3x3, dropout, BatchNorm, ReLU: one box of the fractal.
 
@@ -183,15 +202,25 @@ class FractalBlock(nn.Module):
         """The units of one column (1 = shallowest), first to last."""
         return [u for u in self.columns[column - 1].children() if isinstance(u, ConvUnit)]
 
-    def forward(self, x: Tensor, masks: Sequence[Sequence[bool]]) -> Tensor:
+    def forward(self, x: Tensor, masks: Sequence[Sequence[bool]] | Tensor) -> Tensor:
         """Joined output under masks: [N, n_in, H, W] -> [N, n_out, H/2, W/2].
 
         Evaluated from the last join backwards, so that whatever no surviving path needs is never computed: a
-        dropped path costs nothing and its BatchNorm statistics see nothing.
+        dropped path costs nothing and its BatchNorm statistics see nothing. Under weights (`join_weights`)
+        every path is computed, as the authors' graph does.
         """
         last = 2 ** (self.n_columns - 1)
-        surviving = self._surviving(masks)
+        surviving = self._surviving(None if isinstance(masks, Tensor) else masks)
+        joins = [row for row, columns in surviving.items() if len(columns_at(row, self.n_columns)) > 1]
         at_row: dict[int, Tensor] = {0: x}
+
+        def mean(row: int, inputs: list[Tensor]) -> Tensor:
+            if len(inputs) == 1:
+                return inputs[0]
+            if not isinstance(masks, Tensor):
+                return torch.stack(inputs).mean(0)
+            weights = masks[joins.index(row)]
+            return torch.stack([weights[i] * each for i, each in enumerate(inputs)]).sum(0)
 
         def output(column: int, row: int) -> Tensor:
             span = last >> (column - 1)
@@ -200,16 +229,17 @@ class FractalBlock(nn.Module):
 
         def joined(row: int) -> Tensor:
             if row not in at_row:
-                inputs = [output(column, row) for column in surviving[row]]
-                at_row[row] = inputs[0] if len(inputs) == 1 else torch.stack(inputs).mean(0)
+                at_row[row] = mean(row, [output(column, row) for column in surviving[row]])
             return at_row[row]
 
         return joined(last)
 
-    def _surviving(self, masks: Sequence[Sequence[bool]]) -> dict[int, list[int]]:
-        """Row -> the columns whose outputs are averaged below it."""
+    def _surviving(self, masks: Sequence[Sequence[bool]] | None) -> dict[int, list[int]]:
+        """Row -> the columns whose outputs are averaged below it; None drops nothing."""
         rows = {row: columns_at(row, self.n_columns) for row in range(1, 2 ** (self.n_columns - 1) + 1)}
         alive = {row: list(columns) for row, columns in rows.items()}
+        if masks is None:
+            return alive
         joins = [row for row, columns in rows.items() if len(columns) > 1]
         for row, mask in zip(joins, masks, strict=True):
             alive[row] = [column for column, keep in zip(rows[row], mask, strict=True) if keep]
@@ -253,12 +283,13 @@ class FractalNet(nn.Module):
         column.training = self.training  # a new module says True, whatever mode its layers are in
         return column
 
-    def forward(self, images_NCHW: Tensor, masks: JoinMasks | None = None) -> Tensor:
+    def forward(self, images_NCHW: Tensor, masks: JoinMasks | Tensor | None = None) -> Tensor:
         """Logits_NK of the joined net, or of what is left of it under local drop-path.
 
         Args:
             images_NCHW: Normalised images, float.
-            masks: Which inputs survive at each join; None keeps all (as at test time).
+            masks: Which inputs survive at each join; None keeps all (as at test time). As numbers
+                (`join_weights`), the same operations run whatever is dropped.
 
         Raises:
             ValueError: if the masks do not fit the joins, or leave a join without input.

@@ -67,6 +67,14 @@ STUDIES = (
 )
 
 
+def by(recipe: str, study: Study) -> Study:
+    """The study by another recipe than the paper's, under a name of its own."""
+    if recipe == "paper":
+        return study
+    same_net = dataclasses.replace(RECIPES[recipe], architecture=study.recipe.architecture)
+    return dataclasses.replace(study, name=f"{study.name}-{recipe}", recipe=same_net)
+
+
 def toy(study: Study) -> Study:
     """The same in a few seconds, worth nothing."""
     small = dataclasses.replace(study.recipe, architecture="cifar-deep-2", epochs=1, batch_size=32)
@@ -74,7 +82,15 @@ def toy(study: Study) -> Study:
 
 
 def reproduce(
-    study: Study, dataset: data.Dataset, out: Path, *, seed: int, bf16: bool, device: str
+    study: Study,
+    dataset: data.Dataset,
+    out: Path,
+    *,
+    seed: int,
+    bf16: bool,
+    device: str,
+    every: int = 1,
+    is_compiled: bool = False,
 ) -> Result:
     """Train one network, or go on with it, and measure it on the test split; what is done is only read.
 
@@ -85,6 +101,8 @@ def reproduce(
         seed: As `Run`.
         bf16: As `Run`.
         device: As `Run`.
+        every: As `train`.
+        is_compiled: As `Run`.
 
     Returns:
         `error` by network [%], and how that was made.
@@ -99,10 +117,10 @@ def reproduce(
         if {name: done[name] for name in plan} != json.loads(json.dumps(plan)):
             raise TrainingError(f"{out} holds another run: remove it, or give another --out")
         return done
-    run = Run(study.recipe, dataset, out, seed=seed, bf16=bf16, device=device)
+    run = Run(study.recipe, dataset, out, seed=seed, bf16=bf16, device=device, is_compiled=is_compiled)
     if run.checkpoint.exists():
         run.resume()
-    train(run)
+    train(run, every=every)
     test = run.dataset.test
     with torch.no_grad():
         networks = recalibrated(run.net, run.dataset).networks()
@@ -126,11 +144,13 @@ def table(study: Study, results: Sequence[Result]) -> str:
     """The errors beside the paper's, as Markdown."""
     first = results[0]
     recipe = study.recipe
+    name = next((name for name, other in RECIPES.items() if _alike(other, recipe)), "another")
+    hours = mean(result["seconds"] for result in results) / 3600
     about = (
-        f"{recipe.architecture} on {study.dataset}, {recipe.epochs} epochs of {first['n_train']} images, "
-        f"{first['n_test']} test images, {len(results)} seeds; paper: {study.source}. "
-        f"{first['hardware']}, {first['precision']}, torch {first['packages']['torch']}, "
-        f"{mean(result['seconds'] for result in results) / 3600:.2f} h a run, {first['date'][:10]}."
+        f"{recipe.architecture} on {study.dataset}, recipe `{name}`, {recipe.epochs} epochs "
+        f"of {first['n_train']} images, {first['n_test']} test images, {len(results)} seeds; "
+        f"paper: {study.source}. {first['hardware']}, {first['precision']}, "
+        f"torch {first['packages']['torch']}, {hours:.2f} h a run, {first['date'][:10]}."
     )
     lines = ["| network | test error, % | paper, % |", "|---|---:|---:|"]
     for network in first["error"]:
@@ -141,6 +161,11 @@ def table(study: Study, results: Sequence[Result]) -> str:
         paper = "" if published is None else f"{published:.2f}"
         lines.append(f"| {title} | {mean(errors):.2f}{spread} | {paper} |")
     return "\n".join([f"### {study.name}", "", about, "", *lines, ""])
+
+
+def _alike(one: Recipe, other: Recipe) -> bool:
+    """Whether they differ in network and length alone."""
+    return dataclasses.replace(one, architecture=other.architecture, epochs=other.epochs) == other
 
 
 def fill(page: Path, text: str) -> None:
@@ -156,8 +181,8 @@ def fill(page: Path, text: str) -> None:
     page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
-def _load(study: Study, folder: Path, *, is_toy: bool) -> data.Dataset:
-    dataset = data.load(study.dataset, folder, n_held_out=N_HELD_OUT)
+def _load(study: Study, folder: Path, n_held_out: int, *, is_toy: bool) -> data.Dataset:
+    dataset = data.load(study.dataset, folder, n_held_out=n_held_out)
     if not is_toy:
         return dataset
     few = {name: getattr(dataset, name)[:TOY_LIMIT] for name in ("train", "held_out", "test")}
@@ -173,6 +198,8 @@ def run_all(
     bf16: bool,
     device: str,
     page: Path | None,
+    every: int = 1,
+    is_compiled: bool = False,
 ) -> None:
     """All studies with one seed before any has two: an interrupted run shows something of each."""
     results: dict[str, list[Result]] = {study.name: [] for study in studies}
@@ -180,7 +207,7 @@ def run_all(
         for study in studies:
             folder = out / f"{study.name}-seed-{seed}"
             results[study.name].append(
-                reproduce(study, load(study), folder, seed=seed, bf16=bf16, device=device)
+                reproduce(study, load(study), folder, seed=seed, bf16=bf16, device=device, every=every)
             )
             text = "\n".join(table(one, results[one.name]) for one in studies if results[one.name])
             print(text, flush=True)
@@ -197,7 +224,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder of all runs")
     parser.add_argument("--page", type=Path, help="put the tables between the marks of this page")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each")
-    parser.add_argument("--epochs", type=int, help="instead of the paper's 400")
+    parser.add_argument(
+        "--recipes",
+        default="paper",
+        help='with commas: "paper", or "wide", a modern one of a quarter of its epochs',
+    )
+    parser.add_argument("--held-out", type=int, default=N_HELD_OUT, help="training images to watch a run by")
+    parser.add_argument("--every", type=int, default=1, help="epochs from one checkpoint to the next")
+    parser.add_argument("--compile", action="store_true", help="a slow start and faster steps")
+    parser.add_argument("--epochs", type=int, help="instead of the recipe's")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--toy", action="store_true", help="a tiny network, a few images, one epoch")
@@ -205,7 +240,10 @@ def main(argv: list[str] | None = None) -> int:
     chosen = options.studies.split(",")
     if unknown := [name for name in chosen if name not in names]:
         parser.error(f"no study is called {unknown[0]!r}: use {', '.join(names)}")
-    studies = [study for study in STUDIES if study.name in chosen]
+    recipes = options.recipes.split(",")
+    if unknown := [name for name in recipes if name not in ("paper", "wide")]:
+        parser.error(f"no recipe for this is called {unknown[0]!r}: use paper, wide")
+    studies = [by(recipe, study) for recipe in recipes for study in STUDIES if study.name in chosen]
     if options.toy:
         studies = [toy(study) for study in studies]
     if options.epochs:
@@ -216,12 +254,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run_all(
             studies,
-            lambda study: _load(study, options.data, is_toy=options.toy),
+            lambda study: _load(study, options.data, options.held_out, is_toy=options.toy),
             options.out,
             n_seeds=options.seeds,
             bf16=options.precision == "bf16",
             device=options.device,
             page=None if options.toy else options.page,
+            every=options.every,
+            is_compiled=options.compile,
         )
     except (TrainingError, data.DataError, ValueError, OSError) as error:
         print(f"model.reproduce: {error}", file=sys.stderr)

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -34,9 +35,20 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from model import data, droppath
-from model.fractalnet import Architecture, FractalNet, Initialisation, Stem, initialise, preset
+from model.fractalnet import (
+    Architecture,
+    FractalNet,
+    Initialisation,
+    Stem,
+    initialise,
+    join_weights,
+    preset,
+)
+from model.replay import Replay
 
 Passes = Literal["tied", "coin", "columns"]
+Answers = Callable[[Tensor], Tensor]
+"""Logits_NK, or log probabilities, of normalised images_NCHW."""
 
 CHECKPOINT = "checkpoint.pt"
 EVALUATION_BATCH = 500
@@ -72,6 +84,11 @@ class Recipe:
         initialisation: See `fractalnet.initialise`.
         flip: See `data.flips`.
         dropout: Whether the architecture's dropout is used.
+        cutout: Side of the square that each image loses [pixels]; 0 is none.
+        distillation: Share of the loss that is the distance from a teacher's answers; 0 is none.
+        teacher: "joined" is the joined net on the same batch, for the columns alone ("tied" passes have one);
+            "given" is a network of another run, for all.
+        temperature: Of both answers, where they are compared.
     """
 
     architecture: str
@@ -90,10 +107,18 @@ class Recipe:
     initialisation: Initialisation = "xavier"
     flip: data.Flip = "random"
     dropout: bool = True
+    cutout: int = 0
+    distillation: float = 0.0
+    teacher: Literal["joined", "given"] = "joined"
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2:
             raise ValueError("epochs must be at least 1, the batch size at least 2")
+        if not 0 <= self.distillation <= 1 or self.temperature <= 0 or self.cutout < 0:
+            raise ValueError("distillation is a share, the temperature above 0 and cutout at least 0")
+        if self.distillation and self.teacher == "joined" and self.passes != "tied":
+            raise ValueError('the joined net teaches only where passes are "tied": it must see each batch')
         if not 0 < self.learning_rate < torch.finfo(torch.float32).max:
             raise ValueError("the learning rate must be above 0 and finite")
 
@@ -120,6 +145,42 @@ RECIPES: dict[str, Recipe] = {
         initialisation="dirac",
         flip="alternate",
         dropout=False,
+    ),
+    # For a GPU: the paper's network by what is usual today. A quarter of the paper's epochs.
+    "wide": Recipe(
+        "cifar-20",
+        100,
+        512,
+        0.3,
+        "triangle",
+        nesterov=True,
+        weight_decay=5e-4,
+        label_smoothing=0.1,
+        passes="tied",
+        initialisation="dirac",
+        flip="alternate",
+        dropout=False,
+        cutout=8,
+        distillation=0.5,
+    ),
+    # For a GPU: "anytime" for longer, with the answers of a wide network before it.
+    "distilled": Recipe(
+        "cifar-anytime",
+        300,
+        512,
+        0.4,
+        "triangle",
+        nesterov=True,
+        weight_decay=5e-4,
+        passes="columns",
+        local_share=0.0,
+        initialisation="dirac",
+        flip="alternate",
+        dropout=False,
+        cutout=8,
+        distillation=0.9,
+        teacher="given",
+        temperature=4.0,
     ),
 }
 
@@ -155,23 +216,70 @@ def build(recipe: Recipe, dataset: data.Dataset, seed: int) -> FractalNet:
 class _Objective(nn.Module):
     """The loss of one batch, as a module, so that DistributedDataParallel can wrap it."""
 
-    def __init__(self, net: FractalNet, recipe: Recipe) -> None:
+    def __init__(self, net: FractalNet, recipe: Recipe, teacher: Answers | None = None) -> None:
         super().__init__()
         self.net = net
         self.recipe = recipe
+        self.teacher = teacher
 
     def forward(self, images_NCHW: Tensor, labels_N: Tensor, parts: list[droppath.Paths]) -> Tensor:
-        return torch.stack([self._part(images_NCHW, labels_N, paths) for paths in parts]).sum()
+        answers = [self._answer(images_NCHW, paths) for paths in parts]
+        taught_NK = self._taught(images_NCHW, answers)
+        losses = []
+        for paths, logits_NK in zip(parts, answers, strict=True):
+            is_teacher = isinstance(paths, droppath.Local) and self.recipe.teacher == "joined"
+            loss = self._loss(logits_NK, labels_N, None if is_teacher else taught_NK)
+            losses.append(self._weight(paths) * loss)
+        return torch.stack(losses).sum()
 
-    def _part(self, images_NCHW: Tensor, labels_N: Tensor, paths: droppath.Paths) -> Tensor:
+    def _answer(self, images_NCHW: Tensor, paths: droppath.Paths) -> Tensor:
         if isinstance(paths, droppath.Local):
-            logits_NK, weight = self.net(images_NCHW, paths.masks), 1.0
+            logits_NK: Tensor = self.net(images_NCHW, paths.masks)
         else:
             logits_NK = self.net.column(paths.column)(images_NCHW)
-            of_recipe = self.recipe.column_weight
-            weight = 1 / self.net.architecture.n_columns if of_recipe is None else of_recipe
+        return logits_NK.float()
+
+    def _weight(self, paths: droppath.Paths) -> float:
+        of_recipe = self.recipe.column_weight
+        of_column = 1 / self.net.architecture.n_columns if of_recipe is None else of_recipe
+        return 1.0 if isinstance(paths, droppath.Local) else of_column
+
+    def _taught(self, images_NCHW: Tensor, answers: list[Tensor]) -> Tensor | None:
+        """What the teacher says; the joined net's answer is the first of "tied" passes."""
+        if self.teacher:
+            return self.teacher(images_NCHW)
+        return answers[0].detach() if self.recipe.distillation else None
+
+    def _loss(self, logits_NK: Tensor, labels_N: Tensor, taught_NK: Tensor | None) -> Tensor:
         smoothing = self.recipe.label_smoothing
-        return weight * nn.functional.cross_entropy(logits_NK.float(), labels_N, label_smoothing=smoothing)
+        of_labels = nn.functional.cross_entropy(logits_NK, labels_N, label_smoothing=smoothing)
+        if taught_NK is None:
+            return of_labels
+        share, temperature = self.recipe.distillation, self.recipe.temperature
+        of_teacher = nn.functional.kl_div(
+            (logits_NK / temperature).log_softmax(1),
+            (taught_NK / temperature).log_softmax(1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        # The square keeps the size of the gradient: Hinton et al., arXiv 1503.02531, section 2.
+        return (1 - share) * of_labels + share * temperature**2 * of_teacher
+
+
+def answers_of(kept: "Checkpoint", device: torch.device) -> Answers:
+    """A trained network as a teacher: the geometric mean of its columns' answers.
+
+    Its columns rather than its joined net, whose BatchNorm statistics training leaves those of dropped paths.
+    """
+    net = kept.network().to(device).requires_grad_(False)
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's hints lack it
+    columns = [net.column(k) for k in range(1, net.architecture.n_columns + 1)]
+
+    @torch.no_grad()
+    def answers(images_NCHW: Tensor) -> Tensor:
+        return torch.stack([column(images_NCHW).float().log_softmax(1) for column in columns]).mean(0)
+
+    return answers
 
 
 def sample_parts(
@@ -315,7 +423,17 @@ class Run:
     """One training run, on this process's share of the batches."""
 
     def __init__(
-        self, recipe: Recipe, dataset: data.Dataset, out: Path, *, seed: int, bf16: bool, device: str
+        self,
+        recipe: Recipe,
+        dataset: data.Dataset,
+        out: Path,
+        *,
+        seed: int,
+        bf16: bool,
+        device: str,
+        teacher: "Checkpoint | None" = None,
+        has_cuda_graphs: bool = True,
+        is_compiled: bool = False,
     ) -> None:
         """Set up without training.
 
@@ -326,10 +444,14 @@ class Run:
             seed: Of weights, order, augmentation and masks.
             bf16: Mixed precision.
             device: "cpu", "cuda", …
+            teacher: The network whose answers are learnt, where the recipe says that one is given.
+            has_cuda_graphs: Record each kind of step and replay it; on one GPU.
+            is_compiled: Let torch.compile fuse what stands between the convolutions: minutes at the start,
+                more images per second after it.
 
         Raises:
-            TrainingError: if the images are fewer than one batch, or the batch does not divide among the
-                processes.
+            TrainingError: if the images are fewer than one batch, the batch does not divide among the
+                processes, or a teacher is missing, not wanted or was trained on other data.
         """
         self.rank, self.n_processes = (
             (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -343,15 +465,25 @@ class Run:
             raise TrainingError(
                 f"a batch of {recipe.batch_size} does not divide among {self.n_processes} processes"
             )
+        if (teacher is not None) != (recipe.distillation > 0 and recipe.teacher == "given"):
+            raise TrainingError(
+                "this recipe learns from no other network: leave --teacher out"
+                if teacher
+                else "this recipe learns from another network: name its checkpoint with --teacher"
+            )
         self.recipe, self.seed, self.bf16, self.out = recipe, seed, bf16, out
         self.device = torch.device(device)
+        if teacher:
+            teacher.check(dataset)
         self.net = build(recipe, dataset, seed).to(self.device)
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's hints lack it
         self.dataset = dataset.to(self.device)
         self.size = self.dataset.train.images_NCHW.shape[2]
         self.padded_NCHW = data.pad(self.dataset.train.images_NCHW, MARGIN)
         self.optimiser = _optimiser(self.net, recipe)
-        objective = _Objective(self.net, recipe)
+        objective = _Objective(self.net, recipe, answers_of(teacher, self.device) if teacher else None)
+        if is_compiled:
+            objective.compile(dynamic=False)
         # Dropped paths leave parameters without a gradient, the same ones in every process.
         self.objective = (
             DistributedDataParallel(objective, find_unused_parameters=True)
@@ -363,8 +495,17 @@ class Run:
             "device": device,
             "n_processes": self.n_processes,
         }
+        if teacher:
+            self.made_with["teacher"] = (
+                f"{teacher.recipe.architecture}, {teacher.epoch} epochs, seed {teacher.seed}"
+            )
         self.epoch, self.seconds = 0, 0.0
         self.n_steps = len(dataset.train) // recipe.batch_size
+        self._is_on_gpu = self.device.type == "cuda"
+        self._records = has_cuda_graphs and self._is_on_gpu and self.n_processes == 1
+        self._recorded: dict[tuple[int, ...], Replay] = {}
+        if self._is_on_gpu:
+            torch.backends.cudnn.benchmark = True
 
     @property
     def checkpoint(self) -> Path:
@@ -387,8 +528,8 @@ class Run:
             "n_train": len(self.dataset.train),
         }
         different = [name for name, value in ours.items() if getattr(kept, name) != value]
-        way = ("precision", "n_processes")
-        different += [name for name in way if kept.made_with[name] != self.made_with[name]]
+        way = ("precision", "n_processes", "teacher")
+        different += [name for name in way if kept.made_with.get(name) != self.made_with.get(name)]
         if different:
             raise TrainingError(
                 f"{self.checkpoint} is of a run with other {', '.join(different)}: use that, or another --out"
@@ -428,6 +569,16 @@ class Run:
         # Dropout draws from torch's own generator: other masks in each process.
         torch.manual_seed((self.seed * 1_000_003 + self.epoch) * 1009 + self.rank)
         total = 0.0
+        on_the_way: deque[Tensor] = deque()
+
+        def look() -> None:
+            nonlocal total
+            value = float(on_the_way.popleft())
+            if not math.isfinite(value):
+                raise self._diverged(f"the loss became {value}")
+            total += value
+            progress(value)
+
         rows_of_step = data.batches(len(self.dataset.train), self.recipe.batch_size, generator)
         for step, rows in enumerate(rows_of_step):
             rate = learning_rate(self.recipe, (self.epoch + step / self.n_steps) / self.recipe.epochs)
@@ -435,16 +586,12 @@ class Run:
                 group["lr"] = rate
             images_NCHW, labels_N = self._batch(rows, generator)
             parts = sample_parts(self.recipe, self.net.architecture, generator)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                loss = self.objective(images_NCHW, labels_N, parts)
-            value = float(loss.detach()) / len(parts)
-            if not math.isfinite(value):
-                raise self._diverged(f"the loss became {value}")
-            self.optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            on_the_way.append(self._gradients(images_NCHW, labels_N, parts) / len(parts))
             self.optimiser.step()
-            total += value
-            progress(value)
+            if len(on_the_way) > self._is_on_gpu:  # one step late there: asked at once, it would stand idle
+                look()
+        while on_the_way:
+            look()
         # The loss is taken before the step, so the last one may have broken the weights unseen.
         if not all(bool(tensor.isfinite().all()) for tensor in self.net.state_dict().values()):
             raise self._diverged("a weight is no longer a number")
@@ -456,14 +603,45 @@ class Run:
         kept = f"{self.checkpoint} still holds epoch {self.epoch}" if self.epoch else "no epoch was finished"
         return TrainingError(f"{what} in epoch {self.epoch + 1}: lower --learning-rate; {kept}")
 
+    def _loss(self, images_NCHW: Tensor, labels_N: Tensor, parts: list[droppath.Paths]) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            loss: Tensor = self.objective(images_NCHW, labels_N, parts)
+        return loss
+
+    def _gradients(self, images_NCHW: Tensor, labels_N: Tensor, parts: list[droppath.Paths]) -> Tensor:
+        """Leave the gradients of one batch in the parameters; returns its loss, on the device.
+
+        On one GPU each kind of batch is recorded when it comes first: the kernels of so small networks end
+        sooner than Python could start them.
+        """
+        if not self._records:
+            loss = self._loss(images_NCHW, labels_N, parts)
+            self.optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            return loss.detach()
+        masks = [part.masks for part in parts if isinstance(part, droppath.Local)]
+        columns = [part for part in parts if isinstance(part, droppath.Global)]
+        inputs = (images_NCHW, labels_N, *(join_weights(each).to(self.device) for each in masks))
+
+        def loss_of(images_NCHW: Tensor, labels_N: Tensor, *weights_BJC: Tensor) -> Tensor:
+            return self._loss(images_NCHW, labels_N, [*map(droppath.Local, weights_BJC), *columns])
+
+        kind = len(masks), *(part.column for part in columns)
+        if kind not in self._recorded:
+            self._recorded[kind] = Replay(loss_of, self.net, inputs)
+        return self._recorded[kind](*inputs)
+
     def _batch(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """This process's share of a batch, augmented and normalised; each draws for the whole batch alike."""
         mirrored = data.flips(rows, self.epoch, self.recipe.flip, generator)
         rows = rows.to(self.device)
         images = data.shift_and_flip(self.padded_NCHW[rows], self.size, mirrored, generator)
+        normalised = self.dataset.normalise(images)
+        if self.recipe.cutout:
+            normalised = data.cut_out(normalised, self.recipe.cutout, generator)
         mine = slice(self.rank, None, self.n_processes)
-        normalised = self.dataset.normalise(images[mine]).contiguous(memory_format=torch.channels_last)
-        return normalised, self.dataset.train.labels_N[rows[mine]]
+        share = normalised[mine].contiguous(memory_format=torch.channels_last)
+        return share, self.dataset.train.labels_N[rows[mine]]
 
     def evaluate(self) -> dict[str, float]:
         """Held-out accuracy of each column and of the joined net."""
@@ -536,11 +714,15 @@ class _Interrupted(Exception):
     pass
 
 
-def train(run: Run) -> None:
-    """Train to the end of the recipe, keeping a checkpoint and a line of record after every epoch.
+def train(run: Run, *, every: int = 1) -> None:
+    """Train to the end of the recipe, keeping checkpoints and lines of record.
 
-    Ctrl-C stops between two batches; the checkpoint of the last finished epoch stays, and resuming repeats
-    the epoch that was cut.
+    Ctrl-C stops between two batches; the last checkpoint stays, and resuming repeats what came after it.
+
+    Args:
+        run: What to train.
+        every: Epochs from one checkpoint, and measurement on the held-out images, to the next. More: less is
+            kept of a run that is cut off; on a GPU an epoch can be shorter than that takes.
 
     Raises:
         TrainingError: see `Run.train_epoch` and `Checkpoint.save`.
@@ -571,7 +753,7 @@ def train(run: Run) -> None:
                 loss = run.train_epoch(on_step)
             except _Interrupted:
                 raise KeyboardInterrupt from None
-            if not lead:
+            if not lead or (run.epoch % every and run.epoch < run.recipe.epochs):
                 continue
             reached = run.evaluate()
             seen = " ".join(f"{name}:{100 * value:.1f}" for name, value in reached.items())
@@ -596,6 +778,18 @@ def _record(run: Run, line: dict[str, Any]) -> None:
 # ---- the command ----
 
 
+OVERRIDABLE: dict[str, Callable[[str], Any]] = {
+    "architecture": str,
+    "epochs": int,
+    "batch_size": int,
+    "learning_rate": float,
+    "label_smoothing": float,
+    "cutout": int,
+    "distillation": float,
+    "temperature": float,
+}
+
+
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m model.train", description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", choices=RECIPES, default="anytime")
@@ -616,8 +810,15 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=_at_least_1, help="use only the first so many training images (to try things out)"
     )
-    for name, kind in (("architecture", str), ("epochs", int), ("batch-size", int), ("learning-rate", float)):
-        parser.add_argument(f"--{name}", type=kind, help="instead of the recipe's")
+    parser.add_argument(
+        "--every", type=_at_least_1, default=1, help="epochs from one checkpoint and measurement to the next"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="a slow start and faster steps: for long runs on a GPU"
+    )
+    parser.add_argument("--teacher", type=Path, help="checkpoint of the network whose answers are learnt")
+    for name, kind in OVERRIDABLE.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="instead of the recipe's")
     return parser.parse_args(argv)
 
 
@@ -628,8 +829,7 @@ def _at_least_1(text: str) -> int:
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    overridable = ("architecture", "epochs", "batch_size", "learning_rate")
-    given = {name: value for name in overridable if (value := getattr(options, name)) is not None}
+    given = {name: value for name in OVERRIDABLE if (value := getattr(options, name)) is not None}
     return dataclasses.replace(RECIPES[options.recipe], **given)
 
 
@@ -655,7 +855,17 @@ def _prepare(options: argparse.Namespace) -> Run:
     if options.limit:
         dataset = dataclasses.replace(dataset, train=dataset.train[: options.limit])
     bf16 = options.precision == "bf16"
-    run = Run(recipe, dataset, options.out, seed=options.seed, bf16=bf16, device=options.device)
+    teacher = Checkpoint.load(options.teacher) if options.teacher else None
+    run = Run(
+        recipe,
+        dataset,
+        options.out,
+        seed=options.seed,
+        bf16=bf16,
+        device=options.device,
+        teacher=teacher,
+        is_compiled=options.compile,
+    )
     if options.resume:
         run.resume()
     elif run.checkpoint.exists():
@@ -683,7 +893,7 @@ def main(argv: list[str] | None = None) -> int:
                 "resumed_at": run.epoch,
             }
             _record(run, settings | run.made_with)
-        train(run)
+        train(run, every=options.every)
     except (TrainingError, data.DataError, ValueError, OSError) as error:
         print(f"model.train: {error}", file=sys.stderr)
         return 1

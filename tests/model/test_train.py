@@ -49,8 +49,24 @@ from tests.model.limits import no_file_larger_than
 QUICK = Recipe("cifar-deep-2", 2, 12, 0.05, "triangle", flip="alternate")
 
 
-def a_run(dataset: Dataset, out: Path, recipe: Recipe = QUICK, *, seed: int = 0, bf16: bool = False) -> Run:
-    return Run(recipe, dataset, out, seed=seed, bf16=bf16, device="cpu")
+def a_run(
+    dataset: Dataset,
+    out: Path,
+    recipe: Recipe = QUICK,
+    *,
+    seed: int = 0,
+    bf16: bool = False,
+    teacher: Checkpoint | None = None,
+) -> Run:
+    return Run(recipe, dataset, out, seed=seed, bf16=bf16, device="cpu", teacher=teacher)
+
+
+def a_teacher(dataset: Dataset, out: Path) -> Checkpoint:
+    """A network of another run on this data, untrained."""
+    run = a_run(dataset, out / "teacher", dataclasses.replace(QUICK, batch_size=2), seed=3)
+    run.out.mkdir()
+    run.save()
+    return Checkpoint.load(run.checkpoint)
 
 
 def assert_equal(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
@@ -252,7 +268,10 @@ def test_logits_are_taken_in_evaluation_mode_and_the_mode_is_given_back(toy: Dat
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_trains(toy: Dataset, tmp_path: Path, name: str) -> None:
     few = dataclasses.replace(toy, train=toy.train[:4], held_out=toy.held_out[:2])
-    run = a_run(few, tmp_path, dataclasses.replace(RECIPES[name], batch_size=2), bf16=True)
+    recipe = dataclasses.replace(RECIPES[name], batch_size=2)
+    run = a_run(
+        few, tmp_path, recipe, bf16=True, teacher=a_teacher(few, tmp_path) if name == "distilled" else None
+    )
 
     assert run.train_epoch() > 0
     assert list(run.evaluate()) == ["1", "2", "3", "full"]
