@@ -1,4 +1,4 @@
-"""Steps recorded as CUDA graphs: the same numbers as without. Needs a GPU: `make test ARGS="-m gpu"` there."""
+"""Steps recorded as CUDA graphs: the same numbers as without. Needs a GPU: `make test ARGS="-m gpu"`."""
 
 import dataclasses
 from collections.abc import Iterator
