@@ -256,6 +256,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         "data": f"{source['dataset']}; {manifest['held_out']['n']} training images held out for calibration",
         "recipe": ", ".join(f"{name} {value}" for name, value in source["recipe"].items()),
         "training": f"{source['epochs']} epochs in {source['training_hours']} hours, seed {source['seed']}",
+        **({"teacher": source["teacher"]} if "teacher" in source else {}),
         "hardware": source["hardware"],
         "made with": ", ".join(f"{name} {version}" for name, version in source["packages"].items()),
         "code": f"commit {source['commit']}",

@@ -13,7 +13,7 @@ import dataclasses
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -95,7 +95,7 @@ class PlainLoop:
 
 
 def measure(
-    ways: dict[str, Callable[[], object]], n_images: int, n_turns: int, device: torch.device
+    ways: Mapping[str, Callable[[], object]], n_images: int, n_turns: int, device: torch.device
 ) -> list[Speed]:
     """Let each way train an epoch, in turns; the first turn warms up and is not counted."""
     taken_s: dict[str, list[float]] = {way: [] for way in ways}
@@ -191,18 +191,19 @@ def main(argv: list[str] | None = None) -> int:
         f"{options.turns} turns of {options.steps} steps each. "
         f"`python -m model.speed {' '.join(sys.argv[1:] if argv is None else argv)}`"
     )
-    lines = [about, ""]
+    lines = [about]
     peak = peak_flops(device, 8192 if device.type == "cuda" else 512)
     try:
         for name in options.recipes.split(","):
             recipe = dataclasses.replace(RECIPES[name], batch_size=options.batch_size)
-            lines += [compare(recipe, options.steps, options.turns, device, peak), ""]
-            print("\n".join(lines), flush=True)
+            lines += ["", compare(recipe, options.steps, options.turns, device, peak)]
     except (TrainingError, KeyError) as error:
         print(f"model.speed: {error}", file=sys.stderr)
         return 1
+    text = "\n".join(lines) + "\n"
+    print(text)
     if options.out:
-        options.out.with_suffix(".md").write_text("\n".join(lines))
+        options.out.with_suffix(".md").write_text(text)
     return 0
 
 

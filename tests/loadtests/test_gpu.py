@@ -128,6 +128,24 @@ def test_all_of_it_runs_where_there_is_no_gpu(tmp_path: Path, capfd: pytest.Capt
     assert found["command"].startswith("python -m loadtests.gpu --provider cpu")
 
 
+def test_a_single_question_is_answered_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    artifact = toy_artifact.write(tmp_path / "toy")
+    status = gpu.main(
+        [
+            *("--provider", "cpu", "--artifact", str(artifact), "--parts", "latencies", "--batch-sizes", "1"),
+            *("--profile-seconds", "0.1", "--out", str(tmp_path / "gpu")),
+        ]
+    )
+    assert status == 0, capfd.readouterr().err
+    page = (tmp_path / "gpu.md").read_text()
+    assert "## One run" in page
+    assert "## Answers within" not in page
+    assert "of silence" not in page
+    with pytest.raises(SystemExit):
+        gpu.main(["--parts", "latencies,noise"])
+    assert "no part is called 'noise'" in capfd.readouterr().err
+
+
 def test_a_gpu_that_is_not_there_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     if any(Path("/dev").glob("nvidia[0-9]*")):
         pytest.skip("needs a machine without a GPU")

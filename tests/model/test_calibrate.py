@@ -81,9 +81,9 @@ def test_a_combination_is_kept_only_if_it_beats_its_parts() -> None:
 
 def test_what_refinement_passes_through_is_kept_as_well() -> None:
     """On the way from 1 to 1+2+3 the answer is that of 1+2, be it no better than that of 1."""
-    accuracy = {("1",): 0.9, ("2",): 0.85, ("3",): 0.88, ("1", "2"): 0.9, ("1", "3"): 0.89, ("2", "3"): 0.87}
+    nll = {("1",): 0.4, ("2",): 0.45, ("3",): 0.42, ("1", "2"): 0.4, ("1", "3"): 0.41, ("2", "3"): 0.43}
 
-    kept = calibrate._worth_serving(accuracy | {("1", "2", "3"): 0.95})
+    kept = calibrate._worth_serving(nll | {("1", "2", "3"): 0.35})
 
     assert kept == [("1",), ("2",), ("3",), ("1", "2"), ("1", "2", "3")]
 

@@ -693,3 +693,33 @@ def test_without_room_an_image_stays_where_it_is() -> None:
 
     assert torch.equal(cut[::2], images[::2].flip(3))
     assert torch.equal(cut[1::2], images[1::2])
+
+
+# ---- cutout ----
+
+
+@pytest.mark.parametrize("side", [4, 5])
+def test_a_square_is_cut_out_of_each_image_at_a_place_of_its_own(side: int) -> None:
+    images = torch.ones(400, 3, 16, 12)
+
+    cut = data.cut_out(images, side, torch.Generator().manual_seed(0))
+
+    assert torch.equal(images, torch.ones(400, 3, 16, 12))  # what was given stays as it was
+    assert torch.equal(cut[:, 0], cut[:, 1])
+    assert torch.equal(cut[:, 0], cut[:, 2])
+    hidden = cut[:, 0] == 0
+    heights, widths = hidden.any(2).sum(1), hidden.any(1).sum(1)
+    assert torch.equal(hidden.sum((1, 2)), heights * widths)  # a rectangle
+    assert heights.max() == widths.max() == side
+    assert heights.min() >= side // 2  # at a border a part of it juts out
+    assert hidden.any(0).all()  # every pixel is hidden in some image
+    assert len({str(each.tolist()) for each in hidden}) > 50
+
+
+def test_what_is_cut_out_depends_on_the_generator_alone() -> None:
+    images = torch.rand(20, 3, 8, 8)
+
+    first, again, other = (data.cut_out(images, 3, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.droppath import sample_local
 from model.fractalnet import (
     PRESETS,
     Architecture,
@@ -24,6 +25,7 @@ from model.fractalnet import (
     cost,
     initialise,
     join_sizes,
+    join_weights,
     preset,
     whitening_filters,
 )
@@ -256,7 +258,7 @@ def test_counting_the_cost_leaves_the_network_as_it_was() -> None:
 # ---- masks ----
 
 
-def calls(net: FractalNet, masks: JoinMasks) -> list[tuple[int, int, int]]:
+def calls(net: FractalNet, masks: JoinMasks | Tensor) -> list[tuple[int, int, int]]:
     """Which convolutions run, in order, as (block, column, place in the column), each once per call."""
     names = {
         id(unit.conv): (b, column, i)
@@ -334,6 +336,38 @@ def test_masks_for_another_number_of_blocks_are_refused() -> None:
     for masks in (net.all_alive()[:1], net.all_alive() + net.all_alive()[:1]):
         with pytest.raises(ValueError, match=r"zip\(\)"):
             net(images(), masks)
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 2**31), st.integers(1, 4), st.booleans())
+def test_masks_as_numbers_say_the_same(seed: int, n_columns: int, training: bool) -> None:
+    masks = sample_local(2, n_columns, 0.5, torch.Generator().manual_seed(seed)).masks
+    by_mask, by_weight = (toy(n_columns).double().train(training) for _ in range(2))
+
+    of_masks = by_mask(images().double(), masks)
+    of_weights = by_weight(images().double(), join_weights(masks))
+
+    torch.testing.assert_close(of_masks, of_weights)
+    for logits in (of_masks, of_weights):
+        logits.square().sum().backward()
+    for a, b in zip(by_mask.parameters(), by_weight.parameters(), strict=True):
+        expected = torch.zeros_like(a) if a.grad is None else a.grad
+        torch.testing.assert_close(torch.zeros_like(b) if b.grad is None else b.grad, expected)
+
+
+def test_weights_of_a_join_without_input_are_refused() -> None:
+    with pytest.raises(ValueError, match="join lost all"):
+        join_weights((((True, True), (False, False, False)),))
+
+
+def test_the_operations_under_weights_are_the_same_whatever_is_dropped() -> None:
+    net = toy()
+    dropped = (((True, False), (False, True, False)),) * 2
+
+    ran = [calls(net, join_weights(masks)) for masks in (dropped, net.all_alive())]
+
+    assert ran[0] == ran[1]
+    assert len(ran[0]) == 2 * 7
 
 
 # ---- columns ----

@@ -8,8 +8,8 @@ import pytest
 
 from model import reproduce
 from model.data import Dataset
-from model.reproduce import BEGIN, END, STUDIES, Study, fill, run_all, table, toy
-from model.train import Run, TrainingError
+from model.reproduce import BEGIN, END, STUDIES, Study, by, fill, run_all, table, toy
+from model.train import RECIPES, Run, TrainingError
 
 TOY = dataclasses.replace(toy(STUDIES[0]), name="toy", dataset="folder")
 TOY = dataclasses.replace(TOY, recipe=dataclasses.replace(TOY.recipe, batch_size=8, epochs=2))
@@ -28,6 +28,14 @@ def test_the_recipe_is_the_papers() -> None:
         0.02,
     )
     assert (recipe.local_drop, recipe.passes, recipe.dropout) == (0.15, "tied", True)
+
+
+def test_another_recipe_keeps_the_network_and_the_papers_numbers() -> None:
+    deep = STUDIES[2]
+    wide = by("wide", deep)
+    assert by("paper", deep) is deep
+    assert (wide.name, wide.published) == ("cifar100-deep-4-wide", deep.published)
+    assert wide.recipe == dataclasses.replace(RECIPES["wide"], architecture="cifar-deep-4")
 
 
 def test_every_network_is_measured_on_the_test_split(toy: Dataset, tmp_path: Path) -> None:
@@ -86,6 +94,9 @@ def test_the_table_is_of_all_seeds() -> None:
     assert "| column 2 | 5.00 ± 1.41 | 4.68 |" in text
     assert "| joined | 3.00 ± 0.00 |  |" in text
     assert "1.00 h a run" in text
+    assert "recipe `another`" in text
+    shorter = dataclasses.replace(STUDIES[0], recipe=dataclasses.replace(STUDIES[0].recipe, epochs=7))
+    assert "recipe `paper`, 7 epochs" in table(shorter, results)
 
 
 def test_a_page_without_a_place_is_left_alone(tmp_path: Path) -> None:
@@ -100,3 +111,6 @@ def test_what_cannot_be_done_is_said(tmp_path: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         reproduce.main(["--studies", "cifar10-20,other"])
     assert "no study is called 'other'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        reproduce.main(["--recipes", "paper,anytime"])
+    assert "use paper, wide" in capsys.readouterr().err

@@ -37,6 +37,7 @@ from model.train import (
     TrainingError,
     _Objective,
     accuracy,
+    answers_of,
     build,
     learning_rate,
     logits,
@@ -142,6 +143,21 @@ def test_a_recipe_that_cannot_be_is_refused(how: dict[str, Any]) -> None:
         dataclasses.replace(QUICK, **how)
 
 
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ({"distillation": 1.5, "teacher": "given"}, "is a share"),
+        ({"distillation": -0.1, "teacher": "given"}, "is a share"),
+        ({"temperature": 0.0}, "temperature above 0"),
+        ({"cutout": -1}, "cutout at least 0"),
+        ({"distillation": 0.5, "teacher": "joined", "passes": "coin"}, "joined net teaches only"),
+    ],
+)
+def test_a_way_to_learn_that_cannot_be_is_refused(how: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        dataclasses.replace(QUICK, **how)
+
+
 def drawn_parts(recipe: Recipe, n: int) -> list[list[Paths]]:
     architecture = preset("cifar-deep-3", n_classes=10, size=32)
     generator = torch.Generator().manual_seed(0)
@@ -214,6 +230,94 @@ def test_the_loss_weighs_the_joined_net_and_each_column(toy: Dataset) -> None:
 
     shared = _Objective(net, dataclasses.replace(recipe, column_weight=None))
     torch.testing.assert_close(shared(images_NCHW, labels_N, [Global(1), Global(2)]), of_columns / 2)
+
+
+def distance(logits_NK: Tensor, taught_NK: Tensor, temperature: float) -> Tensor:
+    """Kullback-Leibler divergence of softened answers, times the square of the temperature."""
+    ours, theirs = ((each / temperature).softmax(1) for each in (logits_NK, taught_NK))
+    return temperature**2 * (theirs * (theirs / ours).log()).sum(1).mean()
+
+
+def test_the_joined_net_teaches_the_columns_and_is_not_taught(toy: Dataset) -> None:
+    recipe = dataclasses.replace(
+        QUICK, passes="tied", column_weight=1.0, dropout=False, distillation=0.25, temperature=2.0
+    )
+    net = build(recipe, toy, 0)
+    images_NCHW, labels_N = toy.normalise(toy.test.images_NCHW), toy.test.labels_N
+    masks = net.all_alive()
+    joined_NK, column_NK = net(images_NCHW, masks), net.column(1)(images_NCHW)
+
+    value = _Objective(net, recipe)(images_NCHW, labels_N, [Local(masks), Global(1)])
+
+    entropy = functional.cross_entropy
+    of_column = 0.75 * entropy(column_NK, labels_N) + 0.25 * distance(column_NK, joined_NK, 2.0)
+    torch.testing.assert_close(value, entropy(joined_NK, labels_N) + of_column)
+    only_column = dataclasses.replace(recipe, distillation=1.0)
+    of_teacher = _Objective(net, only_column)(images_NCHW, labels_N, [Local(masks), Global(1)]) - entropy(
+        net(images_NCHW, masks), labels_N
+    )
+    net.zero_grad()
+    of_teacher.backward()
+    unit = (
+        net.blocks[0].get_submodule("columns.1.0.conv").weight
+    )  # of column 2, which only the joined net has
+    assert float(unit.grad.abs().max()) == pytest.approx(0, abs=1e-6)  # type: ignore[union-attr, operator]
+
+
+def test_a_given_teacher_teaches_all(toy: Dataset, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(
+        QUICK, passes="tied", dropout=False, distillation=0.5, teacher="given", temperature=3.0
+    )
+    net, teacher = build(recipe, toy, 0), a_teacher(toy, tmp_path)
+    images_NCHW, labels_N = toy.normalise(toy.test.images_NCHW), toy.test.labels_N
+    of_teacher = teacher.network()
+    taught_NK = sum(of_teacher.column(k)(images_NCHW).log_softmax(1) for k in (1, 2)) / 2
+
+    objective = _Objective(net, recipe, answers_of(teacher, torch.device("cpu")))
+    value = objective(images_NCHW, labels_N, [Local(net.all_alive()), Global(2)])
+
+    expected = torch.tensor(0.0)
+    for logits_NK in (net(images_NCHW), net.column(2)(images_NCHW)):
+        of_labels = functional.cross_entropy(logits_NK, labels_N)
+        expected = expected + 0.5 * of_labels + 0.5 * distance(logits_NK, torch.as_tensor(taught_NK), 3.0)
+    torch.testing.assert_close(value, expected)
+    assert {id(p) for p in objective.parameters()} == {id(p) for p in net.parameters()}
+
+
+def test_a_teacher_is_there_exactly_where_one_is_wanted(toy: Dataset, tmp_path: Path) -> None:
+    taught = dataclasses.replace(RECIPES["distilled"], batch_size=12)
+    teacher = a_teacher(toy, tmp_path)
+
+    with pytest.raises(TrainingError, match="name its checkpoint with --teacher"):
+        a_run(toy, tmp_path, taught)
+    with pytest.raises(TrainingError, match="leave --teacher out"):
+        a_run(toy, tmp_path, QUICK, teacher=teacher)
+    other = dataclasses.replace(toy, mean_C=toy.mean_C + 0.1)
+    with pytest.raises(TrainingError, match="not the data that the checkpoint was trained on"):
+        a_run(other, tmp_path, taught, teacher=teacher)
+
+
+def test_a_run_goes_on_with_its_own_teacher_alone(toy: Dataset, tmp_path: Path) -> None:
+    taught = dataclasses.replace(RECIPES["distilled"], batch_size=12)
+    teacher = a_teacher(toy, tmp_path)
+    run = a_run(toy, tmp_path / "run", taught, teacher=teacher)
+    run.out.mkdir()
+    run.save()
+    assert Checkpoint.load(run.checkpoint).made_with["teacher"] == "cifar-deep-2, 0 epochs, seed 3"
+
+    a_run(toy, tmp_path / "run", taught, teacher=teacher).resume()
+    with pytest.raises(TrainingError, match="other teacher"):
+        a_run(toy, tmp_path / "run", taught, teacher=dataclasses.replace(teacher, seed=4)).resume()
+
+
+def test_a_square_is_cut_out_of_what_is_trained_on(toy: Dataset, tmp_path: Path) -> None:
+    run = a_run(toy, tmp_path, dataclasses.replace(QUICK, cutout=8))
+
+    images_NCHW, _ = run._batch(torch.arange(12), torch.Generator().manual_seed(0))
+
+    hidden_N = (images_NCHW == 0).all(1).sum((1, 2))
+    assert int(hidden_N.max()) == 64
+    assert int(hidden_N.min()) >= 16
 
 
 def test_weight_decay_spares_batchnorm_and_biases(toy: Dataset, tmp_path: Path) -> None:
@@ -318,10 +422,11 @@ def test_every_epoch_has_an_order_of_its_own(toy: Dataset, tmp_path: Path) -> No
         assert Counter(itertools.chain(*epoch)) == {0: 16, 1: 16, 2: 16}
 
 
-@pytest.mark.parametrize("name", ["paper", "anytime"])
+@pytest.mark.parametrize("name", ["paper", "anytime", "wide"])
 def test_a_resumed_run_ends_like_an_unbroken_one(toy: Dataset, tmp_path: Path, name: str) -> None:
     recipe = dataclasses.replace(RECIPES[name], architecture="cifar-deep-2", batch_size=12, epochs=3)
-    assert (recipe.dropout, recipe.passes) == ((True, "tied") if name == "paper" else (False, "columns"))
+    expected = {"paper": (True, "tied"), "anytime": (False, "columns"), "wide": (False, "tied")}
+    assert (recipe.dropout, recipe.passes) == expected[name]
     unbroken = a_run(toy, tmp_path / "unbroken", recipe, bf16=True)
     train(unbroken)
 
@@ -338,6 +443,15 @@ def test_a_resumed_run_ends_like_an_unbroken_one(toy: Dataset, tmp_path: Path, n
     ours, theirs = (Checkpoint.load(run.checkpoint) for run in (broken, unbroken))
     assert ours.epoch == theirs.epoch == 3
     assert_equal(ours.model, theirs.model)
+
+
+def test_checkpoints_are_as_far_apart_as_asked_and_one_is_at_the_end(toy: Dataset, tmp_path: Path) -> None:
+    run = a_run(toy, tmp_path, dataclasses.replace(QUICK, epochs=5))
+    train(run, every=2)
+
+    lines = [json.loads(line) for line in (tmp_path / "record.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [2, 4, 5]
+    assert Checkpoint.load(run.checkpoint).epoch == 5
 
 
 # ---- what a run leaves behind ----
