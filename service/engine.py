@@ -33,6 +33,9 @@ from service.waiting import Queue, Ticket, TrafficMonitor, ready_by
 
 logger = logging.getLogger(__name__)
 
+END_LIMIT_S = 0.5
+"""How long stopping waits for a run that has been told to end [s]; what hangs within a node never does."""
+
 
 Result = TypeVar("Result")
 _Work = tuple[asyncio.AbstractEventLoop, Callable[[], Any], "asyncio.Future[Any]"]
@@ -585,10 +588,13 @@ class Engine:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
             logger.warning("A run did not end within %.1f s of stopping: its requests are let go.", timeout_s)
-            self._idle.set()  # whoever stops this once more need not wait once more
         if self._running:
             for request in self._running.batch:
                 self._settle_with_what_there_is(request, "stopped", "load")
+            if self._preempted_s is not None:  # told to end, it does so at its next node
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._idle.wait(), END_LIMIT_S)
+        self._idle.set()  # whoever stops this once more need not wait once more
 
     def _advance(self) -> None:
         """Settle who is done and start the next run, if none is in progress."""

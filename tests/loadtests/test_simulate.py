@@ -78,8 +78,9 @@ def test_in_turn_is_best_among_equals_and_the_less_busy_of_two_beside_a_slow_one
         ).attainment
 
     assert attainment("round-robin", 1) > attainment("power-of-two", 1) > attainment("random", 1)
-    assert attainment("power-of-two", 10) > attainment("round-robin", 10)
-    assert attainment("round-robin", 10) > 0.8
+    assert attainment("power-of-two", 3) > attainment("round-robin", 3)
+    assert attainment("round-robin", 30) > attainment("power-of-two", 30)  # who refuses everybody looks free
+    assert attainment("round-robin", 30) > 0.8
 
 
 @pytest.mark.parametrize("balance", BALANCES)
