@@ -104,6 +104,7 @@ def hosting(
     is_ready: Callable[[str], bool],
     limit_s: float,
     folder: Path | None = None,
+    mark: str | None = None,
 ) -> Iterator[Server]:
     """Start a server on 127.0.0.1, wait until it is ready, and stop it at the end.
 
@@ -115,11 +116,12 @@ def hosting(
         is_ready: Whether the server at this address can be asked.
         limit_s: How long it may take to become ready [s].
         folder: Its working directory; this one's if not given.
+        mark: That of another one, to be frozen, counted and stopped with it.
 
     Raises:
         RuntimeError: it was not ready in time; its log says why.
     """
-    mark = uuid.uuid4().hex
+    mark = mark or uuid.uuid4().hex
     with log.open("wb") as file:
         process = subprocess.Popen(  # noqa: S603 - commands of this project
             command,

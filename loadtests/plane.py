@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -55,8 +56,12 @@ def serving(
     log: Path,
     settings: Mapping[str, str] = MappingProxyType({}),
     limit_s: float = START_LIMIT_S,
+    n_processes: int = 1,
 ) -> Iterator[Server]:
     """Start the service with this policy and these settings, and stop it at the end.
+
+    Several processes share a port and are handled as one; each starts when those before it are ready, so that
+    they do not measure this machine at once.
 
     Raises:
         RuntimeError: it was not ready in time; its log says why.
@@ -67,16 +72,30 @@ def serving(
         "ANYTIME_ARTIFACT": str(artifact),
         "ANYTIME_PORT": str(port),
         "ANYTIME_GRPC_PORT": "",
+        **settings,
     }
-    with hosting.hosting(
-        [sys.executable, "-m", "service", "serve"],
-        port,
-        environment={**own, **settings},
-        log=log,
-        is_ready=lambda url: hosting.answers(f"{url}/healthz/ready"),
-        limit_s=limit_s,
-    ) as server:
-        yield server
+    servers: list[Server] = []
+    with contextlib.ExitStack() as stack:
+        for i in range(n_processes):
+            asked = port
+            if n_processes > 1:
+                asked = hosting.free_port()
+                own |= {"ANYTIME_SHARES_PORT": "true", "ANYTIME_OWN_PORT": str(asked)}
+            one = hosting.hosting(
+                [sys.executable, "-m", "service", "serve"],
+                port,
+                environment=own,
+                log=log.with_stem(f"{log.stem}-{i}") if i else log,
+                is_ready=partial(_is_ready, asked),
+                limit_s=limit_s,
+                mark=servers[0].mark if servers else None,
+            )
+            servers.append(stack.enter_context(one))
+        yield servers[0]
+
+
+def _is_ready(port: int, _: str) -> bool:
+    return hosting.answers(f"http://127.0.0.1:{port}/healthz/ready")
 
 
 def capacity_hz(

@@ -475,7 +475,8 @@ def _address(peer: str) -> str:
 def _options(settings: Settings) -> list[tuple[str, int]]:
     """What gRPC is told of the bounds; all its times are milliseconds."""
     return [
-        ("grpc.so_reuseport", 0),  # else a second server would share the port and get half of the calls
+        # gRPC's default is to share, and then a second server gets half of the calls unasked.
+        ("grpc.so_reuseport", int(settings.shares_port)),
         ("grpc.max_receive_message_length", settings.max_body_bytes),
         ("grpc.max_metadata_size", settings.max_header_bytes),
         ("grpc.absolute_max_metadata_size", settings.max_header_bytes),

@@ -75,9 +75,9 @@ class Server(uvicorn.Server):
             self.grpc_port = await self._grpc.start()
         await super().startup(sockets)
         if sockets and self.started:
-            self._say_where(sockets[0].getsockname()[1])
+            self._say_where(*(listener.getsockname()[1] for listener in sockets))
 
-    def _say_where(self, port: int) -> None:
+    def _say_where(self, port: int, own_port: int | None = None) -> None:
         chosen = self._chosen
         host = f"[{chosen.host}]" if ":" in chosen.host else chosen.host
         url = f"{'https' if chosen.tls_certificate else 'http'}://{host}:{port}"
@@ -85,6 +85,8 @@ class Server(uvicorn.Server):
             logger.info(
                 "gRPC at %s:%d: the Open Inference Protocol, also at %s/v2.", host, self.grpc_port, url
             )
+        if own_port:
+            logger.info("This process alone is at port %d, too.", own_port)
         logger.info("Ready at %s (documentation at %s/docs). Try:", url, url)
         logger.info("  curl -F image=@picture.jpg '%s/predict?budget_ms=%g'", url, chosen.default_budget_ms)
 
@@ -151,19 +153,29 @@ async def _stop_listening(
         listener.close()
 
 
-def listen(chosen: Settings) -> socket.socket:
-    """Open the listening socket.
+def listen(chosen: Settings) -> list[socket.socket]:
+    """Open the listening sockets: that of `port`, and if there is one that of `own_port`.
 
     Raises:
-        SettingsError: the address cannot be listened on.
+        SettingsError: an address cannot be listened on.
     """
+    with contextlib.ExitStack() as opened:
+        sockets = [opened.enter_context(_listen("port", chosen.port, chosen, shares=chosen.shares_port))]
+        if chosen.own_port is not None:
+            sockets.append(opened.enter_context(_listen("own_port", chosen.own_port, chosen, shares=False)))
+        opened.pop_all()  # all of them or none
+        return sockets
+
+
+def _listen(setting: str, port: int, chosen: Settings, *, shares: bool) -> socket.socket:
     family = socket.AF_INET6 if ":" in chosen.host else socket.AF_INET
     try:
-        return socket.create_server((chosen.host, chosen.port), family=family, backlog=BACKLOG)
-    except OSError as error:
+        return socket.create_server((chosen.host, port), family=family, backlog=BACKLOG, reuse_port=shares)
+    except (OSError, ValueError) as error:  # ValueError: no port can be shared on this system
+        said = getattr(error, "strerror", None) or error
         raise SettingsError(
-            f"Cannot listen on {chosen.host} port {chosen.port} ({error.strerror}): "
-            "choose another with ANYTIME_HOST and ANYTIME_PORT."
+            f"Cannot listen on {chosen.host} port {port} ({said}): "
+            f"choose another with ANYTIME_HOST and ANYTIME_{setting.upper()}."
         ) from error
 
 
@@ -227,7 +239,7 @@ def run(chosen: Settings, models: Repository) -> int:
         SettingsError: the address cannot be listened on, or the files for TLS cannot be used.
     """
     app = Service(chosen, models)
-    Server(chosen, app).run(sockets=[listen(chosen)])
+    Server(chosen, app).run(sockets=listen(chosen))
     status = BROKEN if app.broken else 0
     if app.broken:
         logger.critical("Ended with status %d, to be started anew: %s", status, app.broken)

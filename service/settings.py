@@ -80,6 +80,19 @@ class Settings(BaseSettings):
         "127.0.0.1", description="Address to listen on; 0.0.0.0 opens the service to the network."
     )
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 lets the system choose one.")
+    shares_port: bool = Field(
+        False,
+        description="Other servers may listen on the same port, and on that for gRPC, if all of them say so: "
+        "Linux deals connections out among them. Takes more than one process on one machine; each needs "
+        "an own_port.",
+    )
+    own_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="A second port for the same, of this process alone: for probes, metrics and the model "
+        "repository where the other is shared; 0 lets the system choose one; empty: none.",
+    )
     grpc_port: int | None = Field(
         8001,
         ge=0,
@@ -525,7 +538,7 @@ class Settings(BaseSettings):
         return value
 
     @field_validator(
-        *("grpc_port", "profile_cache", "model_repository", "api_keys_file", "admin_keys_file"),
+        *("own_port", "grpc_port", "profile_cache", "model_repository", "api_keys_file", "admin_keys_file"),
         *("tensorrt_cache", "keep_warm_ms"),
         *("tls_certificate", "tls_key", "tls_client_ca"),
         mode="before",

@@ -42,6 +42,8 @@ CHECK_EVERY_S = 0.16
 CHECK_BUDGET_S = 5.0
 MIN_CHECKED_SHARE = 0.75
 """A server with limits of its own may refuse some if the machine is busy; fewer answers show nothing."""
+OWN_PROCESSES = 2
+"""Of this server, sharing a port: as many as the machine has cores, and as the peers whose best is two."""
 OWN_SETTINGS = {"ANYTIME_NETWORK_MS": "0.4"}
 """Of this server: the clock is the caller's, so that the way there and back counts. Found as theirs are."""
 LOST_AFTER_S = 0.5
@@ -220,5 +222,5 @@ def own_contestant(
     policy: str, artifact: Path, pixels: Sequence[bytes], log: Path, name: str
 ) -> Iterator[Contestant]:
     """Start this project's server with a policy; it rests until its turn."""
-    with plane.serving(policy, artifact, log, OWN_SETTINGS) as server:
+    with plane.serving(policy, artifact, log, OWN_SETTINGS, n_processes=OWN_PROCESSES) as server:
         yield Contestant(name, server, pixels).rested()

@@ -208,10 +208,10 @@ def test_whoever_is_let_in_late_is_heard(launch: Launcher) -> None:
 class Process:
     """A server as `make serve` starts it, until it says where it listens."""
 
-    def __init__(self, artifact: Path, *arguments: str) -> None:
+    def __init__(self, artifact: Path, *arguments: str, port: int = 0) -> None:
         self._process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "service", "serve", "--artifact", str(artifact), "--port", "0"),
+                *(sys.executable, "-m", "service", "serve", "--artifact", str(artifact), f"--port={port}"),
                 *("--profile-seconds", "0.01", "--batch-sizes", "1,2", "--profile-cache=", *arguments),
             ],
             cwd=ROOT,
@@ -232,6 +232,9 @@ class Process:
 
     def address(self) -> tuple[str, int]:
         return "127.0.0.1", int(re.findall(r"127\.0\.0\.1:(\d+)/predict", self.wait_for("curl"))[0])
+
+    def own_address(self) -> tuple[str, int]:
+        return "127.0.0.1", int(re.findall(r"alone is at port (\d+)", self.wait_for("curl"))[0])
 
     def grpc_target(self) -> str:
         return re.findall(r"gRPC at (\S+):", self.wait_for("curl"))[0]  # type: ignore[no-any-return]
@@ -256,8 +259,8 @@ class Process:
 def start(request: pytest.FixtureRequest) -> Callable[..., Process]:
     """Starts processes, and ends them with the test."""
 
-    def started(artifact: Path, *arguments: str) -> Process:
-        process = Process(artifact, *arguments)
+    def started(artifact: Path, *arguments: str, port: int = 0) -> Process:
+        process = Process(artifact, *arguments, port=port)
         request.addfinalizer(process.end)
         return process
 
@@ -305,6 +308,66 @@ def test_every_call_over_grpc_is_answered_or_called_unavailable(
     assert set(codes) <= {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}
     assert codes[50] == grpc.StatusCode.OK, "there is notice"
     assert process.status() == 0
+
+
+def metric(address: tuple[str, int], pattern: str) -> float:
+    """The sum of what /metrics of this address says in lines that match."""
+    with urllib.request.urlopen(f"http://{address[0]}:{address[1]}/metrics", timeout=30) as response:
+        return sum(map(float, re.findall(pattern, response.read().decode(), re.MULTILINE)))
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="Linux deals connections out among those who share a port"
+)
+def test_processes_share_a_port_each_with_one_of_its_own_and_one_may_stop(
+    start: Callable[..., Process], artifact: Path
+) -> None:
+    options = ("--grpc-port=", "--shares-port=true", "--own-port=0")
+    first = start(artifact, *options)
+    second = start(artifact, *options, port=first.address()[1])
+    assert second.address() == first.address()
+    assert len({first.address(), first.own_address(), second.own_address()}) == 3
+    callers = Callers(first.address(), BODY)
+
+    with callers.calling():
+        callers.wait_for(lambda: callers.n_answered > 200)
+        answered = [
+            metric(each.own_address(), r"^anytime_requests_total{.*} (\S+)$") for each in (first, second)
+        ]
+        first.send(signal.SIGTERM)
+        assert first.status() == 0
+        before = callers.n_answered
+        callers.wait_for(lambda: callers.n_answered > before + 200)
+        second.send(signal.SIGTERM)
+        assert second.status() == 0
+
+    assert min(answered) > 0
+    assert callers.unanswered == []
+    assert set(callers.statuses) <= {200, 429, 503}
+
+
+@pytest.mark.parametrize(
+    "options", [("--shares-port=true", "no"), ("no", "--shares-port=true"), ("no", "no")]
+)
+def test_a_port_is_shared_only_if_all_agree(
+    start: Callable[..., Process], artifact: Path, options: tuple[str, str]
+) -> None:
+    said, also = (("--grpc-port=", *(option for option in [one] if option != "no")) for one in options)
+    first = start(artifact, *said)
+
+    second = start(artifact, *also, port=first.address()[1])
+
+    assert second.status() == 2
+    assert "choose another with ANYTIME_HOST and ANYTIME_PORT" in second.said
+
+
+def test_an_own_port_that_is_taken_is_said_and_nothing_is_left_open(
+    start: Callable[..., Process], artifact: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        process = start(artifact, "--grpc-port=", f"--own-port={taken.getsockname()[1]}")
+        assert process.status() == 2
+    assert "choose another with ANYTIME_HOST and ANYTIME_OWN_PORT" in process.said
 
 
 def endless(folder: Path) -> Path:
@@ -360,8 +423,7 @@ def endless(folder: Path) -> Path:
 
 
 def n_waiting(address: tuple[str, int]) -> float:
-    with urllib.request.urlopen(f"http://{address[0]}:{address[1]}/metrics", timeout=30) as response:
-        return float(re.findall(rb"^anytime_queue_length (\S+)$", response.read(), re.MULTILINE)[0])
+    return metric(address, r"^anytime_queue_length (\S+)$")
 
 
 def test_a_run_that_does_not_end_by_itself_is_ended_when_nobody_waits_for_it(

@@ -25,6 +25,8 @@ def test_names_and_defaults_are_frozen() -> None:
         "load_timeout_s": 120.0,
         "host": "127.0.0.1",
         "port": 8000,
+        "shares_port": False,
+        "own_port": None,
         "grpc_port": 8001,
         "log_level": "info",
         "log_format": "text",
