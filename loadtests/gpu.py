@@ -304,7 +304,7 @@ def _quantiles(values: Sequence[float], wanted: Sequence[float]) -> dict[str, fl
 
 
 def measure(bench: Bench, chosen: argparse.Namespace) -> dict[str, Any]:
-    """Answer the three questions."""
+    """Answer the questions that were asked."""
     found: dict[str, Any] = {}
     if "latencies" in chosen.parts:
         print("Latencies by column and batch size.", flush=True)

@@ -393,7 +393,7 @@ def shift_and_flip(padded_NCHW: Tensor, size: int, mirrored: Tensor, generator: 
 
 
 def cut_out(images_NCHW: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """Set a square of `side` pixels to 0 at a random place of each image; what juts out is lost.
+    """Set a square of `side` pixels to 0 around a random pixel of each image; what juts out is lost.
 
     Source: DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout",
     arXiv 1708.04552.
@@ -401,7 +401,7 @@ def cut_out(images_NCHW: Tensor, side: int, generator: torch.Generator) -> Tenso
     n, _, height, width = images_NCHW.shape
 
     def inside(size: int) -> Tensor:
-        first_N1 = torch.randint(1 - side // 2, size - side // 2 + 1, (n, 1), generator=generator)
+        first_N1 = torch.randint(-(side // 2), size - side // 2, (n, 1), generator=generator)
         offset_NS = torch.arange(size, device=images_NCHW.device) - first_N1.to(images_NCHW.device)
         return (offset_NS >= 0) & (offset_NS < side)
 

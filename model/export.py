@@ -182,6 +182,8 @@ def export(
     Raises:
         ExportError: if a graph differs from PyTorch or the folder cannot be written; `out` is then as it was.
     """
+    if with_joined and not kept.recipe.trains_joined:
+        raise ExportError("no batch of this recipe trained the joined net: export without --with-joined")
     net = kept.network()
     networks = {n: network for n, network in net.networks().items() if n != "full" or with_joined}
     for network in networks.values():

@@ -1,4 +1,4 @@
-"""Loss and gradients recorded once as a CUDA graph and replayed: a GPU that never waits for Python.
+"""Loss and gradients recorded once as a CUDA graph and replayed: kernels that start without Python.
 
 Must not know networks, recipes or data.
 
@@ -22,7 +22,7 @@ class Replay:
         module: Its trained parameters get the gradients. Its buffers are as before when this returns.
         example: Tensors as every call will bring them, of the same shapes, types and device.
 
-    Cost: a few steps. Memory for all that one step keeps is taken now and held.
+    Cost: a few steps. Memory for all that one step keeps is taken now and held, for each recording by itself.
     """
 
     def __init__(self, loss: Callable[..., Tensor], module: nn.Module, example: Sequence[Tensor]) -> None:
@@ -43,15 +43,24 @@ class Replay:
                 run()
         torch.cuda.current_stream(device).wait_stream(beside)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # A stream of the device itself: the default is one of whichever device is current.
+        with torch.cuda.device(device), torch.cuda.graph(self._graph, stream=beside):
             self._loss, self._gradients = run()
         for buffer, kept in zip(module.buffers(), before, strict=True):
             buffer.copy_(kept)
         torch.cuda.set_rng_state(random, device)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """Leave the gradients in the parameters, None where a parameter took no part; returns the loss."""
+        """Leave the gradients in the parameters, None where a parameter took no part; returns the loss.
+
+        Raises:
+            ValueError: a tensor has another shape than the one that was recorded with.
+        """
         for place, value in zip(self._inputs, inputs, strict=True):
+            if place.shape != value.shape:
+                raise ValueError(
+                    f"recorded with shape {tuple(place.shape)}, called with {tuple(value.shape)}"
+                )
             place.copy_(value)
         self._graph.replay()
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):

@@ -23,7 +23,7 @@ import torch
 
 from model import data
 from model.calibrate import recalibrated
-from model.train import RECIPES, Recipe, Run, TrainingError, accuracy, logits, train
+from model.train import RECIPES, Recipe, Run, TrainingError, accuracy, at_least_1, logits, train
 
 BEGIN, END = "<!-- written by model.reproduce -->", "<!-- end of what model.reproduce wrote -->"
 RESULT = "result.json"
@@ -207,7 +207,16 @@ def run_all(
         for study in studies:
             folder = out / f"{study.name}-seed-{seed}"
             results[study.name].append(
-                reproduce(study, load(study), folder, seed=seed, bf16=bf16, device=device, every=every)
+                reproduce(
+                    study,
+                    load(study),
+                    folder,
+                    seed=seed,
+                    bf16=bf16,
+                    device=device,
+                    every=every,
+                    is_compiled=is_compiled,
+                )
             )
             text = "\n".join(table(one, results[one.name]) for one in studies if results[one.name])
             print(text, flush=True)
@@ -229,8 +238,13 @@ def main(argv: list[str] | None = None) -> int:
         default="paper",
         help='with commas: "paper", or "wide", a modern one of a quarter of its epochs',
     )
-    parser.add_argument("--held-out", type=int, default=N_HELD_OUT, help="training images to watch a run by")
-    parser.add_argument("--every", type=int, default=1, help="epochs from one checkpoint to the next")
+    parser.add_argument(
+        "--held-out",
+        type=at_least_1,
+        default=N_HELD_OUT,
+        help="training images to watch a run by; 5000 (and seed 0) if it is to be exported, or to teach",
+    )
+    parser.add_argument("--every", type=at_least_1, default=1, help="epochs from one checkpoint to the next")
     parser.add_argument("--compile", action="store_true", help="a slow start and faster steps")
     parser.add_argument("--epochs", type=int, help="instead of the recipe's")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")

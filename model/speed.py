@@ -2,10 +2,11 @@
 
     python -m model.speed --out docs/training_speed
 
-The same network, recipe and batches four ways, in turns: a loop as most are written (float32, channels
-first, pictures prepared by the CPU, every loss asked for at once), and `train.Run` without CUDA graphs, with
-them, and compiled. Beside them the share of what the chip's matrix units reach in one large product. The
-pictures are noise: nothing is learnt here.
+The same network, recipe and batches four ways, in turns: a plain loop (float32, which cuDNN rounds to TF32,
+channels first, pictures prepared by the CPU between the steps and not by workers beside them), and
+`train.Run` without CUDA graphs, with them, and compiled. cuDNN searches its algorithms for all of them.
+Beside them the share of what the chip's matrix units reach in one large product, with the operations of
+dropped paths counted, which only a recorded step carries out. The pictures are noise: nothing is learnt.
 """
 
 import argparse
@@ -27,19 +28,20 @@ from model.fractalnet import FractalNet, cost
 from model.train import (
     MARGIN,
     RECIPES,
+    Objective,
     Recipe,
     Run,
     TrainingError,
-    _Objective,
-    _optimiser,
     about_this_machine,
     build,
+    optimiser_for,
     sample_parts,
 )
 
 FLOPS_PER_MAC = 6
 """Two forward, twice as many backward: for the images, and for the weights."""
 N_PRODUCTS = 20
+TAUGHT = RECIPES["distilled"]
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,13 @@ def noise(n: int, seed: int = 0) -> data.Dataset:
 
 
 class PlainLoop:
-    """What most training scripts do."""
+    """What a training script does before anybody has made it faster."""
 
     def __init__(self, recipe: Recipe, dataset: data.Dataset, device: torch.device) -> None:
         self.recipe, self.dataset, self.device = recipe, dataset, device
         self.net = build(recipe, dataset, 0).to(device)
-        self.objective = _Objective(self.net, recipe)
-        self.optimiser = _optimiser(self.net, recipe)
+        self.objective = Objective(self.net, recipe)
+        self.optimiser = optimiser_for(self.net, recipe)
         self.padded_NCHW = data.pad(dataset.train.images_NCHW, MARGIN)
         self.epoch = 0
 
@@ -180,10 +182,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recipes", default="wide,anytime", help="with commas; without a given teacher")
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--steps", type=int, default=30, help="in a turn")
-    parser.add_argument("--turns", type=int, default=5, help="of each way, after one that is not counted")
+    parser.add_argument(
+        "--turns", type=int, default=5, help="of each way, at least 2, after one that is not counted"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="write PATH.md")
     options = parser.parse_args(argv)
+    if options.turns < 2:
+        parser.error("--turns must be at least 2, to tell a deviation")
+    if unknown := [name for name in options.recipes.split(",") if RECIPES.get(name, TAUGHT) == TAUGHT]:
+        parser.error(f"{unknown[0]!r} is no recipe that needs no teacher")
     device = torch.device(options.device)
     here = about_this_machine()
     about = (
@@ -197,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in options.recipes.split(","):
             recipe = dataclasses.replace(RECIPES[name], batch_size=options.batch_size)
             lines += ["", compare(recipe, options.steps, options.turns, device, peak)]
-    except (TrainingError, KeyError) as error:
+    except (TrainingError, ValueError, torch.OutOfMemoryError) as error:
         print(f"model.speed: {error}", file=sys.stderr)
         return 1
     text = "\n".join(lines) + "\n"

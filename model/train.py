@@ -8,6 +8,7 @@ so an epoch is a function of the checkpoint before it: a run that was interrupte
 
 import argparse
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -19,7 +20,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -122,6 +122,11 @@ class Recipe:
         if not 0 < self.learning_rate < torch.finfo(torch.float32).max:
             raise ValueError("the learning rate must be above 0 and finite")
 
+    @property
+    def trains_joined(self) -> bool:
+        """Whether any batch trains the joined net."""
+        return self.passes == "tied" or self.local_share > 0
+
 
 RECIPES: dict[str, Recipe] = {
     # Larsson et al.: SGD 0.9, lr 0.02, batch 100, 400 epochs. They train one local and all global samples in
@@ -213,7 +218,7 @@ def build(recipe: Recipe, dataset: data.Dataset, seed: int) -> FractalNet:
 # ---- one step ----
 
 
-class _Objective(nn.Module):
+class Objective(nn.Module):
     """The loss of one batch, as a module, so that DistributedDataParallel can wrap it."""
 
     def __init__(self, net: FractalNet, recipe: Recipe, teacher: Answers | None = None) -> None:
@@ -223,6 +228,7 @@ class _Objective(nn.Module):
         self.teacher = teacher
 
     def forward(self, images_NCHW: Tensor, labels_N: Tensor, parts: list[droppath.Paths]) -> Tensor:
+        """The weighted sum of the losses of the parts, a scalar."""
         answers = [self._answer(images_NCHW, paths) for paths in parts]
         taught_NK = self._taught(images_NCHW, answers)
         losses = []
@@ -294,7 +300,8 @@ def sample_parts(
     return every_column if isinstance(paths, droppath.Global) and recipe.passes == "columns" else [paths]
 
 
-def _optimiser(net: FractalNet, recipe: Recipe) -> torch.optim.SGD:
+def optimiser_for(net: FractalNet, recipe: Recipe) -> torch.optim.SGD:
+    """SGD as the recipe has it, with weight decay on what has more than one dimension."""
     trained = [p for p in net.parameters() if p.requires_grad]
     return torch.optim.SGD(
         [
@@ -396,6 +403,17 @@ class Checkpoint:
         self.check(dataset)
         return dataset
 
+    @property
+    def title(self) -> str:
+        """Which network this is, in a few words and a hash of its weights."""
+        weights = hashlib.sha256()
+        for tensor in self.model.values():
+            weights.update(tensor.numpy().tobytes())
+        return (
+            f"{self.recipe.architecture}, {self.epoch} epochs, seed {self.seed}, "
+            f"weights {weights.hexdigest()[:12]}"
+        )
+
     def network(self) -> FractalNet:
         """The trained network, in evaluation mode."""
         net = FractalNet(self.architecture)
@@ -473,15 +491,24 @@ class Run:
             )
         self.recipe, self.seed, self.bf16, self.out = recipe, seed, bf16, out
         self.device = torch.device(device)
+        self._records = has_cuda_graphs and self.device.type == "cuda" and self.n_processes == 1
+        if is_compiled and not self._records:
+            raise TrainingError(
+                "--compile needs one GPU and CUDA graphs: elsewhere each new mask would be compiled anew"
+            )
         if teacher:
+            if teacher.seed != seed:
+                raise TrainingError(
+                    f"the teacher's seed, {teacher.seed}, decided what it held out: use --seed {teacher.seed}"
+                )
             teacher.check(dataset)
         self.net = build(recipe, dataset, seed).to(self.device)
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's hints lack it
         self.dataset = dataset.to(self.device)
         self.size = self.dataset.train.images_NCHW.shape[2]
         self.padded_NCHW = data.pad(self.dataset.train.images_NCHW, MARGIN)
-        self.optimiser = _optimiser(self.net, recipe)
-        objective = _Objective(self.net, recipe, answers_of(teacher, self.device) if teacher else None)
+        self.optimiser = optimiser_for(self.net, recipe)
+        objective = Objective(self.net, recipe, answers_of(teacher, self.device) if teacher else None)
         if is_compiled:
             objective.compile(dynamic=False)
         # Dropped paths leave parameters without a gradient, the same ones in every process.
@@ -495,16 +522,15 @@ class Run:
             "device": device,
             "n_processes": self.n_processes,
         }
+        if self._records:
+            self.made_with |= {"cuda_graphs": True, "compiled": is_compiled}
         if teacher:
-            self.made_with["teacher"] = (
-                f"{teacher.recipe.architecture}, {teacher.epoch} epochs, seed {teacher.seed}"
-            )
+            self.made_with["teacher"] = teacher.title
         self.epoch, self.seconds = 0, 0.0
+        self._kept_epoch = 0
         self.n_steps = len(dataset.train) // recipe.batch_size
-        self._is_on_gpu = self.device.type == "cuda"
-        self._records = has_cuda_graphs and self._is_on_gpu and self.n_processes == 1
         self._recorded: dict[tuple[int, ...], Replay] = {}
-        if self._is_on_gpu:
+        if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
 
     @property
@@ -528,7 +554,7 @@ class Run:
             "n_train": len(self.dataset.train),
         }
         different = [name for name, value in ours.items() if getattr(kept, name) != value]
-        way = ("precision", "n_processes", "teacher")
+        way = ("precision", "n_processes", "cuda_graphs", "teacher")
         different += [name for name in way if kept.made_with.get(name) != self.made_with.get(name)]
         if different:
             raise TrainingError(
@@ -538,6 +564,7 @@ class Run:
         self.net.load_state_dict(kept.model)
         self.optimiser.load_state_dict(kept.optimiser)
         self.epoch, self.seconds = kept.epoch, kept.seconds
+        self._kept_epoch = kept.epoch
 
     def save(self) -> None:
         """Keep the state after the last finished epoch."""
@@ -556,6 +583,7 @@ class Run:
             n_train=len(self.dataset.train),
             made_with=self.made_with,
         ).save(self.checkpoint)
+        self._kept_epoch = self.epoch
 
     def train_epoch(self, progress: Callable[[float], None] = lambda loss: None) -> float:
         """Train one epoch and return its mean loss.
@@ -569,16 +597,6 @@ class Run:
         # Dropout draws from torch's own generator: other masks in each process.
         torch.manual_seed((self.seed * 1_000_003 + self.epoch) * 1009 + self.rank)
         total = 0.0
-        on_the_way: deque[Tensor] = deque()
-
-        def look() -> None:
-            nonlocal total
-            value = float(on_the_way.popleft())
-            if not math.isfinite(value):
-                raise self._diverged(f"the loss became {value}")
-            total += value
-            progress(value)
-
         rows_of_step = data.batches(len(self.dataset.train), self.recipe.batch_size, generator)
         for step, rows in enumerate(rows_of_step):
             rate = learning_rate(self.recipe, (self.epoch + step / self.n_steps) / self.recipe.epochs)
@@ -586,12 +604,13 @@ class Run:
                 group["lr"] = rate
             images_NCHW, labels_N = self._batch(rows, generator)
             parts = sample_parts(self.recipe, self.net.architecture, generator)
-            on_the_way.append(self._gradients(images_NCHW, labels_N, parts) / len(parts))
+            loss = self._gradients(images_NCHW, labels_N, parts)
             self.optimiser.step()
-            if len(on_the_way) > self._is_on_gpu:  # one step late there: asked at once, it would stand idle
-                look()
-        while on_the_way:
-            look()
+            value = float(loss) / len(parts)  # waits for a GPU, which is still busy with the step
+            if not math.isfinite(value):
+                raise self._diverged(f"the loss became {value}")
+            total += value
+            progress(value)
         # The loss is taken before the step, so the last one may have broken the weights unseen.
         if not all(bool(tensor.isfinite().all()) for tensor in self.net.state_dict().values()):
             raise self._diverged("a weight is no longer a number")
@@ -600,7 +619,9 @@ class Run:
         return total / self.n_steps
 
     def _diverged(self, what: str) -> TrainingError:
-        kept = f"{self.checkpoint} still holds epoch {self.epoch}" if self.epoch else "no epoch was finished"
+        kept = (
+            f"{self.checkpoint} still holds epoch {self._kept_epoch}" if self._kept_epoch else "none is kept"
+        )
         return TrainingError(f"{what} in epoch {self.epoch + 1}: lower --learning-rate; {kept}")
 
     def _loss(self, images_NCHW: Tensor, labels_N: Tensor, parts: list[droppath.Paths]) -> Tensor:
@@ -612,7 +633,11 @@ class Run:
         """Leave the gradients of one batch in the parameters; returns its loss, on the device.
 
         On one GPU each kind of batch is recorded when it comes first: the kernels of so small networks end
-        sooner than Python could start them.
+        sooner than Python could start them. A recording computes dropped paths, too, whose parameters then
+        have gradients of 0, as in the authors' graph; elsewhere they have none and the optimiser skips them.
+
+        Raises:
+            TrainingError: the step cannot be recorded.
         """
         if not self._records:
             loss = self._loss(images_NCHW, labels_N, parts)
@@ -628,7 +653,14 @@ class Run:
 
         kind = len(masks), *(part.column for part in columns)
         if kind not in self._recorded:
-            self._recorded[kind] = Replay(loss_of, self.net, inputs)
+            try:
+                self._recorded[kind] = Replay(loss_of, self.net, inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # whatever CUDA refuses in a recording
+                raise TrainingError(
+                    f"this step cannot be recorded; try --no-cuda-graphs ({error})"
+                ) from error
         return self._recorded[kind](*inputs)
 
     def _batch(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -644,14 +676,17 @@ class Run:
         return share, self.dataset.train.labels_N[rows[mine]]
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out accuracy of each column and of the joined net."""
+        """Held-out accuracy of each column, and of the joined net if it is trained."""
+        networks = self.net.networks()
+        if not self.recipe.trains_joined:
+            del networks["full"]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return {
                 name: accuracy(
                     logits(network, self.dataset.held_out, self.dataset.normalise),
                     self.dataset.held_out.labels_N,
                 )
-                for name, network in self.net.networks().items()
+                for name, network in networks.items()
             }
 
 
@@ -798,7 +833,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--data", type=Path, default=Path("data"), help="folder with the data, or to download it into"
     )
     parser.add_argument(
-        "--size", type=_at_least_1, default=32, help="pixels to which the pictures of a folder are brought"
+        "--size", type=at_least_1, default=32, help="pixels to which the pictures of a folder are brought"
     )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/latest"), help="folder for checkpoint and record"
@@ -808,13 +843,16 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--limit", type=_at_least_1, help="use only the first so many training images (to try things out)"
+        "--limit", type=at_least_1, help="use only the first so many training images (to try things out)"
     )
     parser.add_argument(
-        "--every", type=_at_least_1, default=1, help="epochs from one checkpoint and measurement to the next"
+        "--every", type=at_least_1, default=1, help="epochs from one checkpoint and measurement to the next"
     )
     parser.add_argument(
         "--compile", action="store_true", help="a slow start and faster steps: for long runs on a GPU"
+    )
+    parser.add_argument(
+        "--no-cuda-graphs", action="store_true", help="on a GPU: slower, with less memory, each step anew"
     )
     parser.add_argument("--teacher", type=Path, help="checkpoint of the network whose answers are learnt")
     for name, kind in OVERRIDABLE.items():
@@ -822,7 +860,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _at_least_1(text: str) -> int:
+def at_least_1(text: str) -> int:
+    """What a command line's whole number has to be."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return number
@@ -864,6 +903,7 @@ def _prepare(options: argparse.Namespace) -> Run:
         bf16=bf16,
         device=options.device,
         teacher=teacher,
+        has_cuda_graphs=not options.no_cuda_graphs,
         is_compiled=options.compile,
     )
     if options.resume:
@@ -905,7 +945,7 @@ def main(argv: list[str] | None = None) -> int:
         left = (
             f"--resume goes on from {checkpoint}"
             if checkpoint.exists()
-            else "no epoch was finished, none is kept"
+            else "no checkpoint had been kept yet"
         )
         print(f"model.train: stopped; {left}", file=sys.stderr)
         return 130

@@ -698,7 +698,7 @@ def test_without_room_an_image_stays_where_it_is() -> None:
 # ---- cutout ----
 
 
-@pytest.mark.parametrize("side", [4, 5])
+@pytest.mark.parametrize("side", [1, 4, 5])
 def test_a_square_is_cut_out_of_each_image_at_a_place_of_its_own(side: int) -> None:
     images = torch.ones(400, 3, 16, 12)
 

@@ -36,6 +36,16 @@ def manifest(artifact: Path) -> dict[str, Any]:
     return content
 
 
+def test_a_joined_net_that_was_never_trained_is_not_exported(tmp_path: Path) -> None:
+    kept = a_checkpoint(DATASET)
+    columns_only = dataclasses.replace(kept.recipe, passes="columns", local_share=0.0)
+    kept = dataclasses.replace(kept, recipe=columns_only)
+
+    with pytest.raises(ExportError, match="without --with-joined"):
+        export(kept, DATASET, tmp_path / "artifact", name="small-net", version="7", with_joined=True)
+    assert not (tmp_path / "artifact").exists()
+
+
 def test_fields_of_the_manifest(manifest: dict[str, Any]) -> None:
     assert list(manifest) == [
         "format",

@@ -80,5 +80,14 @@ def test_all_of_it_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert page.count("| plain loop |") == page.count("| bfloat16") == 1
     assert "CUDA graphs" not in page
     assert page.strip() in capsys.readouterr().out
-    assert speed.main(["--recipes", "other"]) == 1
-    assert "'other'" in capsys.readouterr().err
+    assert speed.main([*arguments, "--batch-size", "1"]) == 1
+    assert "batch size at least 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [("--recipes", "other"), ("--recipes", "distilled"), ("--turns", "1")])
+def test_what_cannot_be_measured_is_said(
+    arguments: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        speed.main(list(arguments))
+    assert arguments[1] in capsys.readouterr().err or "at least 2" in capsys.readouterr().err

@@ -32,10 +32,10 @@ from model.fractalnet import PRESETS, preset
 from model.train import (
     RECIPES,
     Checkpoint,
+    Objective,
     Recipe,
     Run,
     TrainingError,
-    _Objective,
     accuracy,
     answers_of,
     build,
@@ -64,7 +64,7 @@ def a_run(
 
 def a_teacher(dataset: Dataset, out: Path) -> Checkpoint:
     """A network of another run on this data, untrained."""
-    run = a_run(dataset, out / "teacher", dataclasses.replace(QUICK, batch_size=2), seed=3)
+    run = a_run(dataset, out / "teacher", dataclasses.replace(QUICK, batch_size=2))
     run.out.mkdir()
     run.save()
     return Checkpoint.load(run.checkpoint)
@@ -223,12 +223,12 @@ def test_the_loss_weighs_the_joined_net_and_each_column(toy: Dataset) -> None:
         target_NK = 0.9 * functional.one_hot(labels_N, 3) + 0.1 / 3
         return -(target_NK * log_p_NK).sum(1).mean()
 
-    value = _Objective(net, recipe)(images_NCHW, labels_N, [Local(masks), Global(1), Global(2)])
+    value = Objective(net, recipe)(images_NCHW, labels_N, [Local(masks), Global(1), Global(2)])
 
     of_columns = loss(net.column(1)(images_NCHW)) + loss(net.column(2)(images_NCHW))
     torch.testing.assert_close(value, loss(net(images_NCHW, masks)) + 0.25 * of_columns)
 
-    shared = _Objective(net, dataclasses.replace(recipe, column_weight=None))
+    shared = Objective(net, dataclasses.replace(recipe, column_weight=None))
     torch.testing.assert_close(shared(images_NCHW, labels_N, [Global(1), Global(2)]), of_columns / 2)
 
 
@@ -247,13 +247,13 @@ def test_the_joined_net_teaches_the_columns_and_is_not_taught(toy: Dataset) -> N
     masks = net.all_alive()
     joined_NK, column_NK = net(images_NCHW, masks), net.column(1)(images_NCHW)
 
-    value = _Objective(net, recipe)(images_NCHW, labels_N, [Local(masks), Global(1)])
+    value = Objective(net, recipe)(images_NCHW, labels_N, [Local(masks), Global(1)])
 
     entropy = functional.cross_entropy
     of_column = 0.75 * entropy(column_NK, labels_N) + 0.25 * distance(column_NK, joined_NK, 2.0)
     torch.testing.assert_close(value, entropy(joined_NK, labels_N) + of_column)
     only_column = dataclasses.replace(recipe, distillation=1.0)
-    of_teacher = _Objective(net, only_column)(images_NCHW, labels_N, [Local(masks), Global(1)]) - entropy(
+    of_teacher = Objective(net, only_column)(images_NCHW, labels_N, [Local(masks), Global(1)]) - entropy(
         net(images_NCHW, masks), labels_N
     )
     net.zero_grad()
@@ -273,7 +273,7 @@ def test_a_given_teacher_teaches_all(toy: Dataset, tmp_path: Path) -> None:
     of_teacher = teacher.network()
     taught_NK = sum(of_teacher.column(k)(images_NCHW).log_softmax(1) for k in (1, 2)) / 2
 
-    objective = _Objective(net, recipe, answers_of(teacher, torch.device("cpu")))
+    objective = Objective(net, recipe, answers_of(teacher, torch.device("cpu")))
     value = objective(images_NCHW, labels_N, [Local(net.all_alive()), Global(2)])
 
     expected = torch.tensor(0.0)
@@ -295,6 +295,13 @@ def test_a_teacher_is_there_exactly_where_one_is_wanted(toy: Dataset, tmp_path: 
     other = dataclasses.replace(toy, mean_C=toy.mean_C + 0.1)
     with pytest.raises(TrainingError, match="not the data that the checkpoint was trained on"):
         a_run(other, tmp_path, taught, teacher=teacher)
+    with pytest.raises(TrainingError, match="use --seed 0"):
+        a_run(toy, tmp_path, taught, teacher=teacher, seed=1)
+
+
+def test_compiling_is_refused_where_each_mask_would_be_compiled_anew(toy: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="needs one GPU"):
+        Run(QUICK, toy, tmp_path, seed=0, bf16=False, device="cpu", is_compiled=True)
 
 
 def test_a_run_goes_on_with_its_own_teacher_alone(toy: Dataset, tmp_path: Path) -> None:
@@ -303,11 +310,16 @@ def test_a_run_goes_on_with_its_own_teacher_alone(toy: Dataset, tmp_path: Path) 
     run = a_run(toy, tmp_path / "run", taught, teacher=teacher)
     run.out.mkdir()
     run.save()
-    assert Checkpoint.load(run.checkpoint).made_with["teacher"] == "cifar-deep-2, 0 epochs, seed 3"
+    told = Checkpoint.load(run.checkpoint).made_with["teacher"]
+    assert re.fullmatch(r"cifar-deep-2, 0 epochs, seed 0, weights [0-9a-f]{12}", told)
 
     a_run(toy, tmp_path / "run", taught, teacher=teacher).resume()
+    weights = {name: tensor + 1 for name, tensor in teacher.model.items()}
+    taught_by_another = a_run(
+        toy, tmp_path / "run", taught, teacher=dataclasses.replace(teacher, model=weights)
+    )
     with pytest.raises(TrainingError, match="other teacher"):
-        a_run(toy, tmp_path / "run", taught, teacher=dataclasses.replace(teacher, seed=4)).resume()
+        taught_by_another.resume()
 
 
 def test_a_square_is_cut_out_of_what_is_trained_on(toy: Dataset, tmp_path: Path) -> None:
@@ -378,7 +390,7 @@ def test_every_recipe_trains(toy: Dataset, tmp_path: Path, name: str) -> None:
     )
 
     assert run.train_epoch() > 0
-    assert list(run.evaluate()) == ["1", "2", "3", "full"]
+    assert list(run.evaluate()) == ["1", "2", "3", *([] if name == "distilled" else ["full"])]
     assert run.epoch == 1
 
 
@@ -452,6 +464,19 @@ def test_checkpoints_are_as_far_apart_as_asked_and_one_is_at_the_end(toy: Datase
     lines = [json.loads(line) for line in (tmp_path / "record.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [2, 4, 5]
     assert Checkpoint.load(run.checkpoint).epoch == 5
+
+
+def test_a_run_that_diverges_names_the_epoch_that_is_kept(toy: Dataset, tmp_path: Path) -> None:
+    run = a_run(toy, tmp_path, dataclasses.replace(QUICK, epochs=4))
+    stopped = iter([None] * 12)  # in the fourth epoch
+
+    def break_it(_module: object, _arguments: object) -> None:
+        if next(stopped, "now") == "now":
+            run.net.head[2].get_parameter("bias").data.fill_(float("nan"))
+
+    run.objective.register_forward_pre_hook(break_it)
+    with pytest.raises(TrainingError, match=r"in epoch 4: .* still holds epoch 2"):
+        train(run, every=2)
 
 
 # ---- what a run leaves behind ----
