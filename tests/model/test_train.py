@@ -709,7 +709,7 @@ def test_a_rate_far_too_high_is_an_error_that_says_so(
 ) -> None:
     said = error_of(command(pictures, tmp_path / "out", learning_rate=1e30), capsys)
 
-    assert re.search(r"in epoch 1: lower --learning-rate; no epoch was finished", said)
+    assert re.search(r"in epoch 1: lower --learning-rate; none is kept", said)
     assert not (tmp_path / "out" / "checkpoint.pt").exists()
 
 
@@ -779,7 +779,7 @@ def test_ctrl_c_before_the_first_epoch_says_that_nothing_is_kept(
         signal.signal(signal.SIGINT, before)
 
     assert code == 130
-    assert "stopped; no epoch was finished, none is kept" in capsys.readouterr().err
+    assert "stopped; no checkpoint had been kept yet" in capsys.readouterr().err
 
 
 @contextmanager
