@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from service.ladder import ConfidenceTable, Ladder
 from service.latency import Latency, LatencyProfile, LiveProfile
-from service.scheduling import STOPPED_BY, Admission, Anytime, Plan, backlog_s, stopped_by, to_come_s
+from service.scheduling import (
+    INDISTINCT,
+    STOPPED_BY,
+    Admission,
+    Anytime,
+    Plan,
+    backlog_s,
+    stopped_by,
+    to_come_s,
+)
 from service.waiting import NO_TRAFFIC, Queue, Ticket, Traffic
 from tests.fakes import ACCURACY
 from tests.service.strategies import (
@@ -130,6 +139,23 @@ def test_a_ticket_past_help_blocks_nobody() -> None:
 )
 def test_a_request_alone_opens_towards_the_most_accurate_answer(slack_ms: float, column: str) -> None:
     assert plan([ticket(slack_ms)], 0.0, NO_GAIN, LADDER).column == column
+
+
+@pytest.mark.parametrize(
+    ("more", "slack_ms", "column"),
+    [
+        pytest.param(0.0004, 50.0, "1", id="nobody can tell them apart"),
+        pytest.param(0.0004, 11.5, "2", id="nobody can, but column 1 does not fit before them"),
+        pytest.param(0.01, 50.0, "2", id="better without column 1"),
+    ],
+)
+def test_column_1_opens_where_a_way_around_it_is_no_better_than_held_out_images_can_tell(
+    more: float, slack_ms: float, column: str
+) -> None:
+    accuracy = {**ACCURACY, ("2", "3"): ACCURACY["1", "2", "3"] + more}
+    around = Ladder(("1", "2", "3"), accuracy)
+
+    assert plan([ticket(slack_ms)], 0.0, NO_GAIN, around).column == column
 
 
 def test_opens_deep_only_if_the_high_quantile_fits() -> None:
@@ -698,7 +724,7 @@ def test_law_load_is_blamed_only_on_lost_time_or_on_others_whose_turn_is_first(
 def test_law_a_request_alone_leaves_no_accuracy_on_the_table(
     slack_s: float, profile: LatencyProfile, ladder: Ladder
 ) -> None:
-    """If every run takes its median, the answer is at least as accurate as any column that safely fits."""
+    """If every run takes its median, the answer is as accurate as any column that safely fits, or nearly."""
     alone, now_s = Ticket(slack_s), 0.0
     while (decided := plan([alone], now_s, profile, ladder)).column is not None:
         now_s += profile.latency(decided.column, 1).median_s
@@ -706,7 +732,7 @@ def test_law_a_request_alone_leaves_no_accuracy_on_the_table(
     fitting = [column for column in COLUMNS if profile.latency(column, 1).high_s <= slack_s]
     assert now_s <= slack_s
     for column in fitting:
-        assert ladder.accuracy(alone.columns_run) >= ladder.accuracy((column,))
+        assert ladder.accuracy(alone.columns_run) >= ladder.accuracy((column,)) - INDISTINCT
 
 
 @given(
@@ -723,7 +749,7 @@ def test_law_a_request_alone_goes_on_as_long_as_anything_fits_however_sure(
     profile: LatencyProfile,
     ladder: Ladder,
 ) -> None:
-    """And by the way that gains most for an answer as sure as the one in hand."""
+    """And by the way that gains most for an answer as sure as the one in hand; to open, by nearly that."""
     alone = Ticket(slack_s, columns_run=columns_run, confidence=confidence)
     decided = plan([alone], 0.0, profile, ladder)
 
@@ -738,7 +764,7 @@ def test_law_a_request_alone_goes_on_as_long_as_anything_fits_however_sure(
             fitting[way.added[0]] = max(fitting[way.added[0]], way.gain)
     if fitting:
         assert decided.column is not None
-        assert fitting[decided.column] == max(fitting.values())
+        assert fitting[decided.column] >= max(fitting.values()) - (0.0 if columns_run else INDISTINCT)
     elif columns_run:
         assert decided.column is None
 
