@@ -33,6 +33,7 @@ from model.train import (
     Run,
     TrainingError,
     about_this_machine,
+    augmented,
     build,
     optimiser_for,
     sample_parts,
@@ -75,16 +76,12 @@ class PlainLoop:
         self.epoch = 0
 
     def train_epoch(self) -> float:
-        """Train one and return the mean loss."""
+        """Train one and return the sum of its losses."""
         generator = torch.Generator().manual_seed(self.epoch)
         self.net.train()
         total = 0.0
         for rows in data.batches(len(self.dataset.train), self.recipe.batch_size, generator):
-            mirrored = data.flips(rows, self.epoch, self.recipe.flip, generator)
-            images = data.shift_and_flip(self.padded_NCHW[rows], 32, mirrored, generator)
-            images = self.dataset.normalise(images)
-            if self.recipe.cutout:
-                images = data.cut_out(images, self.recipe.cutout, generator)
+            images = augmented(self.recipe, self.dataset, self.padded_NCHW, rows, self.epoch, generator)
             parts = sample_parts(self.recipe, self.net.architecture, generator)
             labels_N = self.dataset.train.labels_N[rows].to(self.device)
             loss = self.objective(images.to(self.device), labels_N, parts)

@@ -218,6 +218,31 @@ def build(recipe: Recipe, dataset: data.Dataset, seed: int) -> FractalNet:
 # ---- one step ----
 
 
+def augmented(
+    recipe: Recipe,
+    dataset: data.Dataset,
+    padded_NCHW: Tensor,
+    rows: Tensor,
+    epoch: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """A batch as the recipe has it seen: float images_NCHW, on the device of the padded ones.
+
+    Args:
+        recipe: What is done to each image.
+        dataset: How they are normalised, and how large they are.
+        padded_NCHW: All training images, from `data.pad`.
+        rows: Which of them, on the same device.
+        epoch: Of the run, counted from 0.
+        generator: Draws everything that is random, in the same order on every device.
+    """
+    mirrored = data.flips(rows, epoch, recipe.flip, generator)
+    size = dataset.train.images_NCHW.shape[2]
+    images_NCHW = data.shift_and_flip(padded_NCHW[rows], size, mirrored, generator)
+    normalised_NCHW = dataset.normalise(images_NCHW)
+    return data.cut_out(normalised_NCHW, recipe.cutout, generator) if recipe.cutout else normalised_NCHW
+
+
 class Objective(nn.Module):
     """The loss of one batch, as a module, so that DistributedDataParallel can wrap it."""
 
@@ -505,7 +530,6 @@ class Run:
         self.net = build(recipe, dataset, seed).to(self.device)
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's hints lack it
         self.dataset = dataset.to(self.device)
-        self.size = self.dataset.train.images_NCHW.shape[2]
         self.padded_NCHW = data.pad(self.dataset.train.images_NCHW, MARGIN)
         self.optimiser = optimiser_for(self.net, recipe)
         objective = Objective(self.net, recipe, answers_of(teacher, self.device) if teacher else None)
@@ -665,12 +689,8 @@ class Run:
 
     def _batch(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """This process's share of a batch, augmented and normalised; each draws for the whole batch alike."""
-        mirrored = data.flips(rows, self.epoch, self.recipe.flip, generator)
         rows = rows.to(self.device)
-        images = data.shift_and_flip(self.padded_NCHW[rows], self.size, mirrored, generator)
-        normalised = self.dataset.normalise(images)
-        if self.recipe.cutout:
-            normalised = data.cut_out(normalised, self.recipe.cutout, generator)
+        normalised = augmented(self.recipe, self.dataset, self.padded_NCHW, rows, self.epoch, generator)
         mine = slice(self.rank, None, self.n_processes)
         share = normalised[mine].contiguous(memory_format=torch.channels_last)
         return share, self.dataset.train.labels_N[rows[mine]]
