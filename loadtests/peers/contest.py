@@ -23,8 +23,6 @@ from loadtests.peers import launch
 from loadtests.peers.adaptors import OUTCOME_BY_STATUS, Peer
 from loadtests.records import Summary
 
-PRIORITY = -10
-"""Of this process while it sends, where it may: clients are elsewhere and wait for no server's core."""
 SETTLE_S = 0.4
 """From the beginning of a server's turn to its first request [s]. Larger gives more time to find its feet."""
 DRAIN_LIMIT_S = 2.0
@@ -81,7 +79,7 @@ class Contestant:
         self.server.thaw()
         try:
             time.sleep(SETTLE_S)
-            with _priority(PRIORITY):
+            with _ahead_of_servers():
                 yield
             until_s = time.monotonic() + DRAIN_LIMIT_S
             while time.monotonic() < until_s and self._busy_share() > self.idle_share + BUSY_SHARE:
@@ -174,15 +172,23 @@ class Contestant:
 
 
 @contextlib.contextmanager
-def _priority(value: int) -> Iterator[None]:
-    """Only here, because a server that is started meanwhile would have it too."""
-    before = os.getpriority(os.PRIO_PROCESS, 0)
+def _ahead_of_servers() -> Iterator[None]:
+    """Take a core as soon as one is wanted, where that is allowed: clients are elsewhere and wait for none.
+
+    A real-time class, since Linux weighs niceness only within a session (`sched_autogroup_enabled`), and even
+    there lets who runs finish a slice of a millisecond. Only while it sends: a server that is started
+    meanwhile would have it too.
+    """
+    is_possible = hasattr(os, "SCHED_FIFO")
+    before = os.sched_getscheduler(0) if is_possible else 0
     with contextlib.suppress(PermissionError):
-        os.setpriority(os.PRIO_PROCESS, 0, value)
+        if is_possible:
+            os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
     try:
         yield
     finally:
-        os.setpriority(os.PRIO_PROCESS, 0, before)
+        if is_possible:
+            os.sched_setscheduler(0, before, os.sched_param(0))
 
 
 def busy_share(server: Server, span_s: float) -> float:
