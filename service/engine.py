@@ -94,12 +94,12 @@ class Cancellable(Protocol):
 
 
 class Processor(Protocol):
-    """What runs columns. Runs never overlap: the engine starts one when the one before has ended."""
+    """What runs columns. Runs never overlap, but a brief one may begin while another is in progress."""
 
     def start(
         self, column: str, images_HWC: Sequence[NDArray[np.uint8]], *, is_brief: bool = False
     ) -> asyncio.Future[NDArray[np.float32]]:
-        """Begin a run; never raises. A brief one may be over on return: the caller can spare that time.
+        """Begin a run; never raises. A brief one is over on return: the caller can spare that time.
 
         The future holds logits_NK, one row per image in the same order, finite or NaN throughout; or what the
         run raised.
@@ -109,7 +109,7 @@ class Processor(Protocol):
         """Begin a run on one black picture, for nobody; otherwise as `start`."""
 
     def preempt(self) -> None:
-        """Have the run in progress end soon: its future then holds `Preempted`, or a result all the same.
+        """Have the run in progress, no brief one, end soon: its future then holds `Preempted`, or a result.
 
         Never called where the profile's `preemption_s` is infinite.
         """
@@ -144,20 +144,19 @@ class InferenceThread:
     def start(
         self, column: str, images_HWC: Sequence[NDArray[np.uint8]], *, is_brief: bool = False
     ) -> asyncio.Future[NDArray[np.float32]]:
-        """Begin a run in the thread, or have it done at once if it is brief."""
-        self._preemption = Preemption()
-        call = partial(self._run_together, column, images_HWC, self._preemption)
+        """Begin a run in the thread, or do it here and now if it is brief, whatever the thread does."""
         if not is_brief:
-            return self._submit(call)
+            self._preemption = Preemption()
+            return self._submit(partial(self._run_together, column, images_HWC, self._preemption))
         done: asyncio.Future[NDArray[np.float32]] = asyncio.get_running_loop().create_future()
         try:
-            done.set_result(call())
+            done.set_result(self._run_together(column, images_HWC))
         except Exception as error:  # noqa: BLE001 - whoever waits for the run is told
             done.set_exception(error)
         return done
 
     def _run_together(
-        self, column: str, images_HWC: Sequence[NDArray[np.uint8]], preemption: Preemption
+        self, column: str, images_HWC: Sequence[NDArray[np.uint8]], preemption: Preemption | None = None
     ) -> NDArray[np.float32]:
         # Of a single one a view: stacking takes as long as a tenth of a column.
         images_NHWC = images_HWC[0][np.newaxis] if len(images_HWC) == 1 else np.stack(images_HWC)
@@ -252,6 +251,10 @@ class _Running:
     started_s: float
     busy_until_s: float
 
+    @property
+    def is_refinement(self) -> bool:
+        return bool(self.batch) and bool(self.batch[0].columns_run)
+
     def until(self, ended_s: float) -> Run:
         return Run(self.id, self.column, len(self.batch), self.predicted_s, self.started_s, ended_s)
 
@@ -277,6 +280,7 @@ class Engine:
         clock: Monotonic time [s]; every `_s` below is on it.
         call_at: Calls back at a time on that clock.
         call_soon: Calls back when what is ready now has had its turn.
+        call_now: Calls back at once, and in nobody's name, as the two above do.
         observe_run: Told column, number of images, duration [s] and the ratio to the predicted median of
             every
             run that did not fail.
@@ -286,7 +290,8 @@ class Engine:
         observe_broken: Told, once, why no run will succeed any more; nobody is taken in from then on.
         health: Judges that by the runs that fail.
         reserve: Kept free of every budget for building and writing the answer [s]; learns from every answer.
-        brief_s: A run predicted to take no longer is not handed over to a thread [s].
+        brief_s: A first run predicted to take no longer is not handed over to a thread, and waits for no
+            refinement that is in progress there [s].
         keep_warm_s: The shallowest column runs on a blank picture when nothing has run for so long [s]; 0:
             never. Nothing is learnt from it and no metric counts it. Whoever comes meanwhile waits for it,
             and is taken in or refused with that in mind, as if it were anybody's run.
@@ -305,6 +310,7 @@ class Engine:
         clock: Callable[[], float],
         call_at: Callable[[float, Callable[[], None]], Cancellable],
         call_soon: Callable[[Callable[[], None]], object],
+        call_now: Callable[[Callable[[], None]], object],
         observe_run: Callable[[str, int, float, float], None],
         observe_failed_run: Callable[[str], None],
         observe_preempted_run: Callable[[str], None],
@@ -325,6 +331,7 @@ class Engine:
         self._clock = clock
         self._call_at = call_at
         self._call_soon = call_soon
+        self._call_now = call_now
         self._observe_run = observe_run
         self._observe_failed_run = observe_failed_run
         self._observe_preempted_run = observe_preempted_run
@@ -400,18 +407,22 @@ class Engine:
         if n_unanswered >= self._max_waiting:
             self._traffic.arrived(now_s, ready_by_s - now_s)
             raise self.refusal(f"{n_unanswered} requests wait for their first answer: retry later.", "load")
-        free_s = self._busy_until_s(now_s)
-        sooner_s = now_s + self._profile.preemption_s if self._is_preemptible else math.inf
+        busy_until_s, sooner_s, is_beside = now_s, math.inf, False
+        if self._running:
+            busy_until_s = self._busy_until_s(now_s)
+            sooner_s = now_s + self._profile.preemption_s if self._is_preemptible else math.inf
+            is_beside = self._is_refining and not self._queue.unanswered and self._is_brief(1)
         admission = scheduling.admit(
             self._policy,
             ready_by_s,
             now_s,
-            free_s,
+            busy_until_s,
             sooner_s,
             self._queue,
             self._profile,
             self._ladder,
             self._traffic.traffic(now_s),
+            is_beside=is_beside,
         )
         if not admission.is_accepted:
             self._doubt(now_s)
@@ -420,7 +431,8 @@ class Engine:
                 self._why_not_in_time(arrived_s, deadline_s, now_s, admission.needs_s),
                 self._reason(arrived_s, deadline_s, now_s, spent_on),
             )
-        until_s = max(ready_by_s - admission.needs_s, sooner_s if admission.preempts else free_s)
+        start_s = now_s if is_beside else sooner_s if admission.preempts else busy_until_s
+        until_s = max(ready_by_s - admission.needs_s, start_s)
         self._judged = _Judged(deadline_s, self._n_changes, until_s, admission.preempts)
 
     def _why_not_in_time(self, arrived_s: float, deadline_s: float, now_s: float, needs_s: float) -> str:
@@ -461,6 +473,15 @@ class Engine:
         if self._preempted_s is not None:
             return self._preempted_s + self._profile.preemption_s
         return self._running.busy_until_s if self._running else now_s
+
+    @property
+    def _is_refining(self) -> bool:
+        """A run is in progress, and all that it was begun for have an answer."""
+        return self._running is not None and self._running.is_refinement
+
+    def _is_brief(self, n_images: int) -> bool:
+        """Whether the event loop can spare the time for a first run."""
+        return self._profile.latency(self._ladder.shallowest, n_images).median_s <= self._brief_s
 
     @property
     def _in_preemptible_run(self) -> tuple[Request, ...]:
@@ -514,8 +535,9 @@ class Engine:
         deadline_s: float,
         min_confidence: float | None = None,
         on_rung: Callable[[Served], None] | None = None,
+        is_followed: bool = False,
     ) -> Request:
-        """Take a request in; its `settled` will hold what became of it.
+        """Take a request in; its `settled` will hold what became of it, and may do so already.
 
         Args:
             image_HWC: Of the network's size.
@@ -523,6 +545,7 @@ class Engine:
             deadline_s: When its answer must have been written.
             min_confidence: Enough to stop refining.
             on_rung: Told each answer as it is there, shallow first; must not block.
+            is_followed: Others will be submitted in this turn of the event loop, to share a run.
 
         Raises:
             Problem: as `check_admission`.
@@ -548,16 +571,26 @@ class Engine:
             on_rung=on_rung,
         )
         self._traffic.arrived(now_s, request.ready_by_s - now_s)
-        request.timer = self._call_at(request.ready_by_s, partial(self._ready_or_never, request))
         self._queue.add(request)
         self._n_changes += 1
         if self._judged.preempts and self._is_preemptible:  # it may have come to be in vain meanwhile
             self._preempt()
-        if self._running is None and not self._is_advance_due:
-            # Not at once: whoever was read in the same turn of the event loop can join the first run.
-            self._is_advance_due = True
-            self._call_soon(self._advance)
+        self._begin(now_s, is_followed=is_followed)
+        if not request.settled.done():
+            request.timer = self._call_at(request.ready_by_s, partial(self._ready_or_never, request))
         return request
+
+    def _begin(self, now_s: float, *, is_followed: bool) -> None:
+        """Have a newcomer run, now or with those who come with it."""
+        if self._is_advance_due or (self._running and not self._is_refining):
+            return
+        is_scarce = scheduling.is_scarce(self._profile, self._ladder.shallowest, self._traffic.traffic(now_s))
+        if self._is_brief(1) and not (is_followed or is_scarce):
+            self._call_now(self._advance)
+            return
+        # Whoever was read in the same turn of the event loop can join the first run.
+        self._is_advance_due = True
+        self._call_soon(self._advance)
 
     def leave(self, request: Request) -> None:
         """The caller has gone: cost nothing more. A run in progress goes on for its neighbours."""
@@ -597,16 +630,16 @@ class Engine:
         self._idle.set()  # whoever stops this once more need not wait once more
 
     def _advance(self) -> None:
-        """Settle who is done and start the next run, if none is in progress."""
+        """Settle who is done and start the next run, if there is room for one."""
         if self._is_stopping:
             for request in tuple(self._queue):
                 self._settle_with_what_there_is(request, "stopped")
         self._n_changes += 1
         self._is_advance_due = False
-        if self._running:
+        if self._running and not self._is_refining:
             return
         now_s = self._clock()
-        if (suspect := self._health.suspect) and not self._is_stopping:
+        if not self._running and (suspect := self._health.suspect) and not self._is_stopping:
             self._start(suspect, (), now_s)
             return
         if not self._queue:
@@ -622,37 +655,37 @@ class Engine:
             return
         for request, reason in plan.finished:
             self._settle(request, "answered", reason)
-        if plan.column is not None:
-            self._start(plan.column, plan.batch, now_s)
+        if plan.column is None:
+            return
+        # With others waiting, the thread runs them while the event loop reads and answers. So it does with
+        # refinements, which somebody may come and preempt.
+        is_brief = (
+            plan.column == self._ladder.shallowest
+            and len(plan.batch) == len(self._queue.unanswered)
+            and self._is_brief(len(plan.batch))
+        )
+        if is_brief or not self._running:
+            self._start(plan.column, plan.batch, now_s, is_brief=is_brief)
 
-    def _start(self, column: str, batch: tuple[Request, ...], now_s: float) -> None:
+    def _start(
+        self, column: str, batch: tuple[Request, ...], now_s: float, *, is_brief: bool = False
+    ) -> None:
         for request in batch:
             self._queue.remove(request)
             request.queue_s += now_s - request.waiting_since_s
         predicted = self._profile.latency(column, len(batch))
         self._n_runs += 1
-        self._running = _Running(
-            self._n_runs, column, batch, predicted.median_s, now_s, now_s + predicted.likely_s
-        )
+        run = _Running(self._n_runs, column, batch, predicted.median_s, now_s, now_s + predicted.likely_s)
+        images_HWC = [request.image_HWC for request in batch]
+        if is_brief:
+            self._finish(run, self._processor.start(column, images_HWC, is_brief=True))
+            return
+        self._running = run
         self._idle.clear()
         if self._watching is None:
             self._watching = self._call_at(now_s + self._run_timeout_s, self._watch)
-        if batch:
-            images_HWC = [request.image_HWC for request in batch]
-            # With others waiting, the thread runs them while the event loop reads and answers. So it does
-            # with refinements, which somebody may come and preempt.
-            is_brief = (
-                predicted.median_s <= self._brief_s
-                and not self._queue.unanswered
-                and not batch[0].columns_run
-            )
-            done = self._processor.start(column, images_HWC, is_brief=is_brief)
-        else:
-            done = self._processor.start_blank(column)
-        if done.done():
-            self._finish(self._running, done)
-        else:
-            done.add_done_callback(partial(self._finish, self._running))
+        done = self._processor.start(column, images_HWC) if batch else self._processor.start_blank(column)
+        done.add_done_callback(partial(self._finish, run))
 
     def _keep_warm(self) -> None:
         """Run something, if nothing has run for a while; and come back."""
@@ -689,13 +722,14 @@ class Engine:
         """Take in the end of a run, good or bad, and go on."""
         now_s = self._clock()
         elapsed_s = now_s - run.started_s
-        self._running = None
-        if self._preempted_s is not None:
-            self._profile.observe_preemption(now_s - self._preempted_s)
-            self._preempted_s = None
+        if run is self._running:
+            self._running = None
+            self._idle.set()
+            if self._preempted_s is not None:
+                self._profile.observe_preemption(now_s - self._preempted_s)
+                self._preempted_s = None
         self._rests_since_s = now_s
         self._learnt_s = now_s if run.batch else self._learnt_s
-        self._idle.set()
         share = 0.0
         if len(run.batch) > 1:
             alone_s = self._profile.latency(run.column, 1).median_s

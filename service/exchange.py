@@ -219,11 +219,11 @@ def farewell(scope: Scope) -> Headers:
 def arrived_s(scope: Scope, now_s: float) -> float:
     """When a request came, as far as that can be known.
 
-    It was read when the event loop came round to it. Before, it may have lain in the socket for as long
-    as the loop's turn before that lasted, which is taken to be as long as this one's.
+    It was read when the event loop came round to it. Before, it may have lain in the socket for any part of
+    the loop's turn before that, which is taken to be as long as this one: half of it, as likely as not.
     """
     received_s: float = scope.get(RECEIVED_S, now_s)
-    return received_s - (now_s - received_s)
+    return received_s - (now_s - received_s) / 2
 
 
 def problem_document(problem: Problem) -> tuple[int, Headers, bytes]:

@@ -29,6 +29,9 @@ FIELDS = "fields"
 QUIET = ("PIL", "python_multipart")
 """Libraries that would log what is wrong with a body, and parts of it."""
 
+CALLER_GONE = "ExecuteBatchError raised in core"
+"""What gRPC logs as an error when it cannot send an answer any more, because whoever called has gone."""
+
 UNSEEN: Mapping[int, str] = {
     code: repr(chr(code))[1:-1] for code in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)
 }
@@ -41,6 +44,7 @@ def configure(settings: Settings) -> None:
     """Have everything that this process logs written as the settings say, other people's loggers included."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if settings.log_format == "json" else TextFormatter())
+    handler.addFilter(_is_news)
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     for library in QUIET:
@@ -55,6 +59,11 @@ def configure(settings: Settings) -> None:
 def is_json() -> bool:
     """Whether what is logged is written as JSON now."""
     return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether it is more than that a caller has gone, which metrics count and no operator can mend."""
+    return not (record.name.startswith("grpc") and _message(record).startswith(CALLER_GONE))
 
 
 def _log_uncaught(

@@ -160,6 +160,7 @@ class Model:
             clock=self._clock,
             call_at=call_at,
             call_soon=partial(loop.call_soon, context=nobodys),
+            call_now=nobodys.run,
             observe_run=metrics.observe_run,
             observe_failed_run=metrics.observe_failed_run,
             observe_preempted_run=metrics.observe_preempted_run,
@@ -251,8 +252,10 @@ class Model:
             try:
                 # All before the first is run: together they may share a batch, and one may be no picture.
                 decoded = [await self._decoded(picture, deadline_s, record) for picture in pictures]
+                is_followed = len(decoded) > 1
                 for image_HWC, decode_s in decoded:  # one by one: when one is refused, those before it leave
-                    entered.append((self.enter(image_HWC, asked, record), decode_s))
+                    request = self.enter(image_HWC, asked, record, is_followed=is_followed)
+                    entered.append((request, decode_s))
                 return tuple([Answer(await settled(request), decode_s) for request, decode_s in entered])
             finally:
                 leave()
@@ -295,6 +298,8 @@ class Model:
         asked: Asked,
         record: Record,
         on_rung: Callable[[Served], None] | None = None,
+        *,
+        is_followed: bool = False,
     ) -> Request:
         """Put an image of the record's request into the queue; as `Engine.submit`."""
         request = self.engine.submit(
@@ -303,6 +308,7 @@ class Model:
             deadline_s=record.arrived_s + asked.budget_s,
             min_confidence=asked.min_confidence,
             on_rung=on_rung,
+            is_followed=is_followed,
         )
         record.requests.append(request)
         return request

@@ -12,7 +12,6 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Generic, Literal, Protocol, get_args
 
 from service.ladder import Improvement, Ladder
@@ -22,9 +21,9 @@ from service.waiting import NO_TRAFFIC, Queue, Ticket, TicketT, Traffic, ready_b
 StoppedBy = Literal["budget", "confidence", "deepest", "load"]
 STOPPED_BY: tuple[StoppedBy, ...] = get_args(StoppedBy)
 
-ANSWER_WORTH = 8.0
+ANSWER_WORTH = 4.0
 """What an answer in time is worth, in corrected answers, unless the operator says otherwise: a refinement
-that makes one wrong answer right is not run if more than an eighth of an answer is expected to be lost by it.
+that makes one wrong answer right is not run if more than a quarter of an answer is expected to be lost by it.
 Found on a server under load: half of it loses deadlines there that no simulation loses, since a refinement
 also takes caches and cores from those who read and answer."""
 
@@ -37,6 +36,9 @@ SCARCE = 0.75
 HOPE = 0.4
 """Share of the predicted time that must be left for a first answer to be tried for, while time is not scarce,
 unless the operator says otherwise: whoever is predicted to be late by less is in time often enough."""
+
+CROWDED = 2.0
+"""A run beside another may take this many times as long: they share caches and perhaps a core."""
 
 SPREAD = 0.5
 """Column 1 is taken to need its median time, give or take up to this share of it."""
@@ -146,6 +148,8 @@ def admit(
     profile: LatencyProfile,
     ladder: Ladder,
     traffic: Traffic,
+    *,
+    is_beside: bool = False,
 ) -> Admission:
     """Ask a policy whether to take in a request that arrives now, and have a refinement make way if it must.
 
@@ -159,15 +163,18 @@ def admit(
         profile: As `Policy.admit`.
         ladder: As `Policy.admit`.
         traffic: As `Policy.admit`.
+        is_beside: Its column 1 would run beside the refinement in progress, at once but perhaps more slowly.
     """
-    ask = partial(
-        policy.admit, ready_by_s, now_s, waiting=waiting, profile=profile, ladder=ladder, traffic=traffic
-    )
-    admission = ask(busy_until_s=busy_until_s)
-    is_urgent = not admission.is_accepted or now_s + admission.needs_s > ready_by_s
-    if is_urgent and sooner_s < busy_until_s:
-        return replace(ask(busy_until_s=sooner_s), preempts=True)
-    return admission
+    start_s = now_s if is_beside else busy_until_s
+    admission = policy.admit(ready_by_s, now_s, start_s, waiting, profile, ladder, traffic)
+    if sooner_s >= busy_until_s:
+        return admission
+    if is_beside:
+        return replace(admission, preempts=now_s + CROWDED * admission.needs_s > ready_by_s)
+    if admission.is_accepted and now_s + admission.needs_s <= ready_by_s:
+        return admission
+    sooner = policy.admit(ready_by_s, now_s, sooner_s, waiting, profile, ladder, traffic)
+    return replace(sooner, preempts=True)
 
 
 _LOAD: StoppedBy = "load"
@@ -221,17 +228,15 @@ class Anytime:
 
         Cost: O(K * 2^C + log n) in n waiting tickets, C columns and K kinds of them; never blocks.
         """
+        if len(waiting) == 1:  # the usual case, and its answer waits for this
+            return self._plan_alone(next(iter(waiting)), now_s, profile, ladder, traffic)
         # One who is predicted to be late is given a try where it can cost nobody else.
         hope = self._hope if len(waiting.unanswered) == 1 else 1.0
         least_s = least_to_try_s(profile, ladder.shallowest, traffic, hope)
         first = bisect_left(waiting.unanswered, now_s + least_s, key=ready_by)
         costs = _Costs(profile)
         finished, refinable = _part_with_the_hopeless(waiting, now_s, profile, ladder, traffic, costs)
-        is_alone = len(waiting) == 1
         if first < len(waiting.unanswered):
-            if is_alone:
-                ticket = waiting.unanswered[0]
-                return Plan(self._opening(ticket, now_s, profile, ladder, traffic), (ticket,), finished)
             if better := self._better_than_a_small_batch(
                 waiting, first, refinable, now_s, profile, ladder, traffic, costs
             ):
@@ -248,11 +253,7 @@ class Anytime:
             return Plan(ladder.shallowest, tuple(waiting.unanswered[first : first + n]), finished)
         if not refinable:
             return Plan(None, (), finished)
-        if is_alone:
-            ticket = next(iter(waiting))
-            if way := _best_way(ticket, now_s, profile, ladder, traffic, self._answer_worth):
-                return Plan(way.added[0], (ticket,), finished)
-        elif best := self._best_refinement(refinable, now_s, profile, ladder, traffic, costs):
+        if best := self._best_refinement(refinable, now_s, profile, ladder, traffic, costs):
             return Plan(*best, finished)
         hopeless = ((ticket, _LOAD) for same in refinable.values() for ticket in same)
         return Plan(None, (), (*finished, *hopeless))
@@ -278,8 +279,8 @@ class Anytime:
         Cost: O(n) in waiting tickets without an answer; never blocks.
         """
         start_s = max(now_s, busy_until_s)
-        is_scarce = _is_scarce(profile, ladder.shallowest, traffic)
-        if not (is_scarce or waiting.unanswered):  # the usual case, and a request's time is short
+        scarce = is_scarce(profile, ladder.shallowest, traffic)
+        if not (scarce or waiting.unanswered):  # the usual case, and a request's time is short
             alone = profile.latency(ladder.shallowest, 1)
             needs_s = max(start_s - now_s + alone.median_s, alone.likely_s)
             spared_s = (1 - self._hope) * alone.median_s
@@ -288,13 +289,27 @@ class Anytime:
         place = bisect_right(before_s, ready_by_s)
         with_it_s = [*before_s[:place], ready_by_s, *before_s[place:]]
         least = _least_batch(ladder.shallowest, len(with_it_s), profile, traffic)
-        ends_s = _ends_of_column_1(with_it_s, start_s, profile, ladder, least, is_sure=is_scarce)
+        ends_s = _ends_of_column_1(with_it_s, start_s, profile, ladder, least, is_sure=scarce)
         needs_s = max(ends_s[place] - now_s, profile.latency(ladder.shallowest, least).likely_s)
         if now_s + needs_s > ready_by_s:
             return Admission(is_accepted=False, needs_s=needs_s)
         behind = zip(with_it_s[place + 1 :], ends_s[place + 1 :], strict=True)
         is_harmless = all(end_s <= by_s for by_s, end_s in behind)
         return Admission(is_accepted=is_harmless, needs_s=needs_s)
+
+    def _plan_alone(
+        self, ticket: TicketT, now_s: float, profile: LatencyProfile, ladder: Ladder, traffic: Traffic
+    ) -> Plan[TicketT]:
+        if not ticket.columns_run:
+            if ticket.ready_by_s < now_s + least_to_try_s(profile, ladder.shallowest, traffic, self._hope):
+                return Plan(None, (), ())
+            return Plan(self._opening(ticket, now_s, profile, ladder, traffic), (ticket,), ())
+        way = None
+        if not ticket.is_content:
+            way = _best_way(ticket, now_s, profile, ladder, traffic, self._answer_worth)
+        if way:
+            return Plan(way.added[0], (ticket,), ())
+        return Plan(None, (), ((ticket, stopped_by(ticket, now_s, profile, ladder)),))
 
     def _opening(
         self, ticket: Ticket, now_s: float, profile: LatencyProfile, ladder: Ladder, traffic: Traffic
@@ -400,10 +415,12 @@ def stopped_by(ticket: Ticket, now_s: float, profile: LatencyProfile, ladder: La
     """
     if ticket.is_content:
         return "confidence"
-    if not ladder.improvements(ticket.columns_run):
+    ways = ladder.improvements(ticket.columns_run)
+    if not ways:
         return "deepest"
-    fits = _best_way(ticket, now_s - ticket.lost_s, profile, ladder, NO_TRAFFIC, 0.0)
-    return "load" if fits else "budget"
+    costs = _Costs(profile)
+    left_s = ticket.ready_by_s - now_s + ticket.lost_s
+    return "load" if any(costs[way.added] <= left_s for way in ways) else "budget"
 
 
 def to_come_s(ticket: Ticket, now_s: float, profile: LatencyProfile, ladder: Ladder) -> float:
@@ -424,7 +441,7 @@ def backlog_s(
     return max(0.0, busy_until_s - now_s) + len(waiting.unanswered) * each_s
 
 
-def _is_scarce(profile: LatencyProfile, column: str, traffic: Traffic) -> bool:
+def is_scarce(profile: LatencyProfile, column: str, traffic: Traffic) -> bool:
     """Whether not even this column in its best batches could serve everybody who comes."""
     return traffic.rate_hz * profile.best_batch(column)[0] > SCARCE
 
@@ -432,7 +449,7 @@ def _is_scarce(profile: LatencyProfile, column: str, traffic: Traffic) -> bool:
 def least_to_try_s(profile: LatencyProfile, column: str, traffic: Traffic, hope: float) -> float:
     """How much time must be left for a first answer by this column to be tried for [s]."""
     median_s = profile.latency(column, 1).median_s
-    return median_s if _is_scarce(profile, column, traffic) else hope * median_s
+    return median_s if is_scarce(profile, column, traffic) else hope * median_s
 
 
 def _ends_of_column_1(
@@ -501,12 +518,12 @@ def _best_way(
     best_worth = (0.0, 0.0)
     risks = _Risks(profile, ladder, traffic)
     for way in ladder.improvements(ticket.columns_run, ladder.row(ticket.columns_run, ticket.confidence)):
+        if way.gain < best_worth[0]:
+            continue
         first, *rest = (profile.latency(column, 1) for column in way.added)
         first_s = first.likely_s if ticket.columns_run else first.high_s
         cost_s = first_s + sum(latency.likely_s for latency in rest)
         if now_s + cost_s > ticket.ready_by_s:
-            continue
-        if way.gain < best_worth[0]:
             continue
         share, losses = risks.of(first_s, is_refinement=bool(ticket.columns_run))
         worth = share * way.gain - answer_worth * losses

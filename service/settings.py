@@ -420,10 +420,11 @@ class Settings(BaseSettings):
         "else runs.",
     )
     brief_run_ms: float = Field(
-        1.5,
+        3.0,
         ge=0,
-        description="On a CPU, runs predicted to take no longer are not handed over to a thread. Larger: "
-        "less to do for two cores that also serve the network, but the server is deaf for so long.",
+        description="On a CPU, first answers that are predicted to take no longer are not handed over to a "
+        "thread, and wait for no refinement there. Larger: less to do for two cores that also serve the "
+        "network, but the server is deaf for so long.",
     )
     batch_sizes: Annotated[tuple[int, ...], NoDecode] = Field(
         (1, 2, 4, 8),

@@ -41,6 +41,9 @@ class Ticket:
 N_LOOKED_AT = 8
 """At most about twice as many slacks are looked at one by one."""
 
+SAME_S = 1e-3
+"""How long traffic is taken to be the same if nobody comes [s]: several decisions are made for a request."""
+
 TicketT = TypeVar("TicketT", bound=Ticket)
 
 
@@ -182,6 +185,8 @@ class TrafficMonitor:
         self._latest = [0.0] * n_slacks
         self._slacks_s: list[float] = []
         self._n = 0
+        self._known = NO_TRAFFIC
+        self._known_at_s = -math.inf
 
     def arrived(self, now_s: float, slack_s: float) -> None:
         """Count a request that was offered, admitted or not, with this much time left."""
@@ -193,6 +198,7 @@ class TrafficMonitor:
         self._latest[place] = slack_s
         insort(self._slacks_s, slack_s)
         self._n += 1
+        self._known_at_s = -math.inf
 
     def traffic(self, now_s: float) -> Traffic:
         """What to expect now.
@@ -200,8 +206,11 @@ class TrafficMonitor:
         The latest arrival is not counted: whoever asks does so because of it, and one who comes to an idle
         server is no traffic to themselves.
         """
+        if abs(now_s - self._known_at_s) < SAME_S:
+            return self._known
         others = max(0.0, self._weight - 1.0) * self._share_left(now_s)
-        return Traffic(others / self._window_s, tuple(self._slacks_s))
+        self._known, self._known_at_s = Traffic(others / self._window_s, tuple(self._slacks_s)), now_s
+        return self._known
 
     def _share_left(self, now_s: float) -> float:
         return math.exp(-max(0.0, now_s - self._at_s) / self._window_s)

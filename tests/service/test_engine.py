@@ -123,6 +123,7 @@ class Bench:
             clock=loop.time,
             call_at=loop.call_at,
             call_soon=loop.call_soon,
+            call_now=lambda callback: callback(),
             observe_run=lambda *run: self.observed.append(run),
             observe_failed_run=self.failed_runs.append,
             observe_preempted_run=self.preempted_runs.append,
@@ -732,6 +733,78 @@ async def test_a_brief_run_that_fails_fails_its_request_alone() -> None:
     assert (await bench.submit(2, 0.050).settled).columns_run == ("1", "2", "3")
 
 
+def beside() -> Bench:
+    """Column 1 is brief, and a refinement in the thread can be preempted."""
+    return Bench(profile=Still(PROFILE, 0.95, preemption_s=PREEMPTION_S), brief_s=0.0015)
+
+
+@in_virtual_time
+async def test_a_brief_run_is_over_when_its_request_is_in() -> None:
+    bench = beside()
+    request = bench.submit(7, 0.002)
+    assert request.settled.result().columns_run == ("1",)
+    assert bench.now() == pytest.approx(0.001)
+
+
+@in_virtual_time
+async def test_a_first_answer_does_not_wait_for_a_refinement() -> None:
+    bench = beside()
+    patient = bench.submit(1, 0.050)
+    refinement = bench.processor.runs[-1]
+    assert refinement[1] != "1"
+    await asyncio.sleep(0.0005)
+    newcomer = bench.submit(2, 0.0045)
+    assert newcomer.columns_run == ("1",)  # and it may yet be refined
+    assert bench.now() == pytest.approx(0.0025)
+    assert (await newcomer.settled).runs[0].started_s == pytest.approx(0.0015)
+    assert (await patient.settled).columns_run == ("1", "2", "3")
+    assert bench.processor.n_preempted == 0  # there was time enough for a run that is slowed down
+    assert [run.column for run in patient.settled.result().runs].count(refinement[1]) == 1
+
+
+@in_virtual_time
+async def test_a_refinement_makes_way_for_one_beside_whom_it_would_be_dangerous() -> None:
+    bench = beside()
+    patient = bench.submit(1, 0.050)
+    await asyncio.sleep(0.0005)
+    assert bench.submit(2, 0.0018).settled.result().columns_run == ("1",)
+    assert bench.processor.n_preempted == 1
+    assert (await patient.settled).columns_run == ("1", "2", "3")
+    assert len(bench.preempted_runs) == 1
+
+
+@in_virtual_time
+async def test_those_who_share_runs_are_not_run_one_by_one() -> None:
+    bench = Bench(brief_s=0.002)
+    together = [
+        bench.engine.submit(picture(i), arrived_s=0.0, deadline_s=0.004, is_followed=True) for i in range(2)
+    ]
+    assert {(await one.settled).outcome for one in together} == {"answered"}
+    assert [(column, batch) for _, column, batch in bench.processor.runs] == [("1", (0, 1))]
+
+
+@in_virtual_time
+async def test_when_time_is_scarce_those_of_one_turn_share_a_run_though_it_is_brief() -> None:
+    bench = Bench(brief_s=0.002)
+    for identity in range(900):
+        with pytest.raises(Rejected):
+            bench.submit(identity % 100, 0.0002)
+    together = [bench.submit(i, 0.020) for i in range(4)]
+    assert not bench.processor.runs
+    await asyncio.gather(*(one.settled for one in together))
+    assert bench.processor.runs[0][2] == (0, 1, 2, 3)
+
+
+@in_virtual_time
+async def test_what_a_run_at_once_leads_to_happens_in_nobodys_name() -> None:
+    bench = Bench(brief_s=0.002)
+    calls: list[Callable[[], None]] = []
+    bench.engine._call_now = calls.append
+    bench.submit(7, 0.050)
+    assert len(calls) == 1
+    assert not bench.processor.runs
+
+
 # ---- the thread that ships ----
 
 
@@ -1044,17 +1117,27 @@ def test_laws_hold_whatever_happens(
     run_in_virtual_time(test)
 
 
-@given(arrivals, behaviours, slowness, st.none() | milliseconds)
+@given(arrivals, behaviours, slowness, st.none() | milliseconds, keep_warm, preemption)
 def test_laws_hold_with_brief_runs_too(
     callers: list[Arrival],
     behaviours: tuple[Behaviour, ...],
     slowness: list[float],
     stop_after_s: float | None,
+    keep_warm_s: float,
+    preemption_s: float,
 ) -> None:
     """Only what has to happen on time may be late by a brief run."""
 
     async def test() -> None:
-        story = await play(callers, behaviours, slowness, stop_after_s, brief_s=0.0015)
+        story = await play(
+            callers,
+            behaviours,
+            slowness,
+            stop_after_s,
+            brief_s=0.0015,
+            keep_warm_s=keep_warm_s,
+            preemption_s=preemption_s,
+        )
         assert story.served.keys() | story.refused.keys() == set(range(len(callers)))
         assert story.bench.engine.n_waiting == 0
         ran = {identity for _, _, identities in story.bench.processor.runs for identity in identities}
@@ -1065,6 +1148,8 @@ def test_laws_hold_with_brief_runs_too(
                 assert served.probabilities_K.argmax() == identity
             if served.outcome == "expired":
                 assert identity not in ran
+            assert served.queue_s >= 0
+            assert served.queue_s + served.inference_s == pytest.approx(served.settled_s - served.arrived_s)
 
     run_in_virtual_time(test)
 

@@ -365,6 +365,7 @@ from service.settings import Settings
 logs.configure(Settings(_env_file=None, log_format="json"))
 logging.getLogger("uvicorn.error").error("one\\ntwo")
 logging.getLogger("grpc._cython.cygrpc").warning("three")
+logging.getLogger("grpc._cython.cygrpc").error("ExecuteBatchError raised in core by servicer method [/x]")
 logging.getLogger("PIL.PngImagePlugin").error("parts of a picture")
 warnings.warn("four", stacklevel=1)
 def fail():

@@ -84,7 +84,7 @@ def test_names_and_defaults_are_frozen() -> None:
         "use_tf32": False,
         "prefer_nhwc": False,
         "keep_warm_ms": None,
-        "brief_run_ms": 1.5,
+        "brief_run_ms": 3.0,
         "batch_sizes": (1, 2, 4, 8),
         "profile_seconds": 3.0,
         "profile_quantile": 0.8,
