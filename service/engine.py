@@ -1,8 +1,8 @@
-"""Owns the queue: runs what the policy decides, one batch at a time, and settles every request exactly once.
+"""Owns the queue: runs what the policy decides, batch by batch, and settles every request exactly once.
 
-Must not know of HTTP or images' encodings. All methods belong to the event loop's thread; only the run itself
-happens elsewhere. There is no loop that could die: each arrival, each end of a run and each timer calls
-`_advance` once.
+Must not know of HTTP or images' encodings. All methods belong to the event loop's thread. Runs happen
+elsewhere, except for brief ones on a CPU: those begin at once, also beside a refinement. There is no loop
+that could die: each arrival, each end of a run and each timer calls `_advance`.
 """
 
 import asyncio
@@ -12,9 +12,11 @@ import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
@@ -94,7 +96,13 @@ class Cancellable(Protocol):
 
 
 class Processor(Protocol):
-    """What runs columns. Runs never overlap, but a brief one may begin while another is in progress."""
+    """What runs columns. Runs never overlap, but a brief one may begin while another is in progress.
+
+    Attributes:
+        ended_s: When the last run ended that was no brief one [s, on the engine's clock].
+    """
+
+    ended_s: float
 
     def start(
         self, column: str, images_HWC: Sequence[NDArray[np.uint8]], *, is_brief: bool = False
@@ -129,17 +137,22 @@ class InferenceThread:
     Args:
         inference: What it runs.
         niceness: How far its runs stand back behind those of others. Only Linux has that for a thread.
+        clock: The engine's [s].
     """
 
-    def __init__(self, inference: Inference, niceness: int = 0) -> None:
+    def __init__(
+        self, inference: Inference, niceness: int = 0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._inference = inference
+        self._clock = clock
         self._niceness = niceness if sys.platform == "linux" else 0
         self._work: SimpleQueue[_Work | None] = SimpleQueue()
         self._preemption = Preemption()
         self._keeps_inference = False
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
-        self._thread.start()
+        self.ended_s = -math.inf
         self.combine = inference.combine
+        self._thread.start()
 
     def start(
         self, column: str, images_HWC: Sequence[NDArray[np.uint8]], *, is_brief: bool = False
@@ -204,6 +217,7 @@ class InferenceThread:
                 settle = partial(_set, done, call())
             except BaseException as error:  # noqa: BLE001 - whoever waits for the run is told
                 settle = partial(_fail, done, error)
+            self.ended_s = self._clock()
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(settle)
             del work, call, done, settle  # an error holds this frame, and with it what the run needed
@@ -290,8 +304,8 @@ class Engine:
         observe_broken: Told, once, why no run will succeed any more; nobody is taken in from then on.
         health: Judges that by the runs that fail.
         reserve: Kept free of every budget for building and writing the answer [s]; learns from every answer.
-        brief_s: A first run predicted to take no longer is not handed over to a thread, and waits for no
-            refinement that is in progress there [s].
+        brief_s: A first run of the shallowest column that is predicted to take no longer is not handed over
+            to a thread, and waits for no refinement that is in progress there [s].
         keep_warm_s: The shallowest column runs on a blank picture when nothing has run for so long [s]; 0:
             never. Nothing is learnt from it and no metric counts it. Whoever comes meanwhile waits for it,
             and is taken in or refused with that in mind, as if it were anybody's run.
@@ -348,6 +362,7 @@ class Engine:
         self._traffic = TrafficMonitor()
         self._running: _Running | None = None
         self._preempted_s: float | None = None
+        self._beside_until_s = -math.inf
         self._n_runs = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -411,7 +426,7 @@ class Engine:
         if self._running:
             busy_until_s = self._busy_until_s(now_s)
             sooner_s = now_s + self._profile.preemption_s if self._is_preemptible else math.inf
-            is_beside = self._is_refining and not self._queue.unanswered and self._is_brief(1)
+            is_beside = self._has_room_beside and not self._queue.unanswered and self._is_prompt(now_s)
         admission = scheduling.admit(
             self._policy,
             ready_by_s,
@@ -432,7 +447,10 @@ class Engine:
                 self._reason(arrived_s, deadline_s, now_s, spent_on),
             )
         start_s = now_s if is_beside else sooner_s if admission.preempts else busy_until_s
-        until_s = max(ready_by_s - admission.needs_s, start_s)
+        needs_s = admission.needs_s
+        if is_beside and not admission.preempts:  # which holds as long as there is time for a crowded run
+            needs_s *= scheduling.CROWDED
+        until_s = max(ready_by_s - needs_s, start_s)
         self._judged = _Judged(deadline_s, self._n_changes, until_s, admission.preempts)
 
     def _why_not_in_time(self, arrived_s: float, deadline_s: float, now_s: float, needs_s: float) -> str:
@@ -475,13 +493,21 @@ class Engine:
         return self._running.busy_until_s if self._running else now_s
 
     @property
-    def _is_refining(self) -> bool:
-        """A run is in progress, and all that it was begun for have an answer."""
-        return self._running is not None and self._running.is_refinement
+    def _has_room_beside(self) -> bool:
+        """A refinement is in progress, and a brief first run may begin all the same."""
+        is_refining = self._running is not None and self._running.is_refinement
+        return is_refining and not self._health.suspect and self._is_brief(1)
 
     def _is_brief(self, n_images: int) -> bool:
-        """Whether the event loop can spare the time for a first run."""
+        """Whether the event loop can spare the time for a first run of the shallowest column."""
         return self._profile.latency(self._ladder.shallowest, n_images).median_s <= self._brief_s
+
+    def _is_prompt(self, now_s: float) -> bool:
+        """Whether a newcomer is run at once: to wait for others to join would cost more than it saves."""
+        shallowest = self._ladder.shallowest
+        return self._is_brief(1) and not scheduling.is_scarce(
+            self._profile, shallowest, self._traffic.traffic(now_s)
+        )
 
     @property
     def _in_preemptible_run(self) -> tuple[Request, ...]:
@@ -545,7 +571,7 @@ class Engine:
             deadline_s: When its answer must have been written.
             min_confidence: Enough to stop refining.
             on_rung: Told each answer as it is there, shallow first; must not block.
-            is_followed: Others will be submitted in this turn of the event loop, to share a run.
+            is_followed: It is one of several that are submitted in this turn of the event loop.
 
         Raises:
             Problem: as `check_admission`.
@@ -582,13 +608,18 @@ class Engine:
 
     def _begin(self, now_s: float, *, is_followed: bool) -> None:
         """Have a newcomer run, now or with those who come with it."""
-        if self._is_advance_due or (self._running and not self._is_refining):
+        if self._is_advance_due:
             return
-        is_scarce = scheduling.is_scarce(self._profile, self._ladder.shallowest, self._traffic.traffic(now_s))
-        if self._is_brief(1) and not (is_followed or is_scarce):
-            self._call_now(self._advance)
+        is_prompt = self._is_prompt(now_s)
+        if self._running and not (is_prompt and self._has_room_beside):
             return
-        # Whoever was read in the same turn of the event loop can join the first run.
+        if is_prompt and not is_followed:
+            self._call_now(partial(self._advance, is_at_once=True))
+        else:
+            self._advance_soon()
+
+    def _advance_soon(self) -> None:
+        """Let whoever was read in the same turn of the event loop join the first run."""
         self._is_advance_due = True
         self._call_soon(self._advance)
 
@@ -629,24 +660,30 @@ class Engine:
                     await asyncio.wait_for(self._idle.wait(), END_LIMIT_S)
         self._idle.set()  # whoever stops this once more need not wait once more
 
-    def _advance(self) -> None:
-        """Settle who is done and start the next run, if there is room for one."""
+    def _advance(self, *, is_at_once: bool = False) -> None:
+        """Settle who is done and start the next run, if there is room for one.
+
+        Args:
+            is_at_once: Somebody has just come in, and only a brief run for them may begin now.
+        """
         if self._is_stopping:
             for request in tuple(self._queue):
                 self._settle_with_what_there_is(request, "stopped")
         self._n_changes += 1
         self._is_advance_due = False
-        if self._running and not self._is_refining:
+        if self._running and not self._has_room_beside:
             return
         now_s = self._clock()
-        if not self._running and (suspect := self._health.suspect) and not self._is_stopping:
+        if (suspect := self._health.suspect) and not self._is_stopping:
             self._start(suspect, (), now_s)
             return
         if not self._queue:
             return
+        # Beside a refinement only first answers can begin; others are done if their turn would come too late.
+        start_s = now_s if self._queue.unanswered else max(now_s, self._busy_until_s(now_s))
         try:
             plan = self._policy.plan(
-                self._queue, now_s, self._profile, self._ladder, self._traffic.traffic(now_s)
+                self._queue, start_s, self._profile, self._ladder, self._traffic.traffic(now_s)
             )
         except Exception:  # a fault in the policy may fail requests but must not leave them hanging
             logger.exception("The policy failed; the waiting requests are let go.")
@@ -654,7 +691,10 @@ class Engine:
                 self._settle_with_what_there_is(request, "failed")
             return
         for request, reason in plan.finished:
-            self._settle(request, "answered", reason)
+            if start_s > now_s:
+                self._settle_with_what_there_is(request, "failed")
+            else:
+                self._settle(request, "answered", reason)
         if plan.column is None:
             return
         # With others waiting, the thread runs them while the event loop reads and answers. So it does with
@@ -664,8 +704,12 @@ class Engine:
             and len(plan.batch) == len(self._queue.unanswered)
             and self._is_brief(len(plan.batch))
         )
-        if is_brief or not self._running:
+        if is_at_once and not is_brief:
+            self._advance_soon()
+        elif is_brief or not self._running:
             self._start(plan.column, plan.batch, now_s, is_brief=is_brief)
+        elif not plan.batch[0].columns_run and self._is_preemptible:
+            self._preempt()  # it was to be brief when they were let in
 
     def _start(
         self, column: str, batch: tuple[Request, ...], now_s: float, *, is_brief: bool = False
@@ -678,6 +722,7 @@ class Engine:
         run = _Running(self._n_runs, column, batch, predicted.median_s, now_s, now_s + predicted.likely_s)
         images_HWC = [request.image_HWC for request in batch]
         if is_brief:
+            self._settle_those_due(run.busy_until_s)
             self._finish(run, self._processor.start(column, images_HWC, is_brief=True))
             return
         self._running = run
@@ -686,6 +731,17 @@ class Engine:
             self._watching = self._call_at(now_s + self._run_timeout_s, self._watch)
         done = self._processor.start(column, images_HWC) if batch else self._processor.start_blank(column)
         done.add_done_callback(partial(self._finish, run))
+
+    def _settle_those_due(self, until_s: float) -> None:
+        """Send what there is to those whose last moment would come while a brief run holds the event loop."""
+        waiting = [
+            one
+            for same in self._queue.answered.values()
+            for one in takewhile(lambda one: one.ready_by_s < until_s, same)
+        ]
+        running = [one for one in self._in_run() if one.ready_by_s < until_s and not one.settled.done()]
+        for request in (*waiting, *running):
+            self._settle_with_what_there_is(request, "failed")
 
     def _keep_warm(self) -> None:
         """Run something, if nothing has run for a while; and come back."""
@@ -721,21 +777,30 @@ class Engine:
     def _finish(self, run: _Running, done: asyncio.Future[NDArray[np.float32]]) -> None:
         """Take in the end of a run, good or bad, and go on."""
         now_s = self._clock()
-        elapsed_s = now_s - run.started_s
+        elapsed_s = took_s = now_s - run.started_s
         if run is self._running:
             self._running = None
             self._idle.set()
+            ended_s = now_s
+            if (
+                self._beside_until_s > self._processor.ended_s
+            ):  # a brief run has kept us from noticing the end
+                ended_s = self._processor.ended_s
+            took_s = ended_s - run.started_s
             if self._preempted_s is not None:
-                self._profile.observe_preemption(now_s - self._preempted_s)
+                self._profile.observe_preemption(max(0.0, ended_s - self._preempted_s))
                 self._preempted_s = None
+        else:
+            self._beside_until_s = now_s
         self._rests_since_s = now_s
         self._learnt_s = now_s if run.batch else self._learnt_s
         share = 0.0
         if len(run.batch) > 1:
             alone_s = self._profile.latency(run.column, 1).median_s
             share = max(0.0, 1 - alone_s / self._profile.latency(run.column, len(run.batch)).median_s)
-        for request in self._queue:
-            request.lost_s += _overlap_s(request, run, now_s)
+        if self._running is None:  # else they wait for that run, not for this one
+            for request in self._queue:
+                request.lost_s += _overlap_s(request, run, now_s)
         ended = run.until(now_s)
         for request in run.batch:
             request.runs.append(ended)
@@ -750,12 +815,12 @@ class Engine:
                     if not request.settled.done():  # its caller may have left
                         self._take_in(request, run, logits_K)
                 # When the answers are on their way: nobody waits for what is learnt.
-                self._call_soon(partial(self._learn, run, elapsed_s))
+                self._call_soon(partial(self._learn, run, took_s))
             self._health.succeeded(run.column)
         except Preempted:
             self._observe_preempted_run(run.column)
-            if elapsed_s > run.predicted_s:  # or nothing would be learnt of a column that never ends in time
-                self._learn(run, elapsed_s)
+            if took_s > run.predicted_s:  # or nothing would be learnt of a column that never ends in time
+                self._learn(run, took_s)
             for request in [one for one in run.batch if not one.settled.done()]:
                 request.lost_s += elapsed_s * (1 - share)
                 self._queue.add(request)
@@ -772,9 +837,9 @@ class Engine:
             del done  # an error holds this frame, and it would hold the error
         self._advance()
 
-    def _learn(self, run: _Running, elapsed_s: float) -> None:
-        ratio = self._profile.observe(run.column, len(run.batch), elapsed_s)
-        self._observe_run(run.column, len(run.batch), elapsed_s, ratio)
+    def _learn(self, run: _Running, took_s: float) -> None:
+        ratio = self._profile.observe(run.column, len(run.batch), took_s)
+        self._observe_run(run.column, len(run.batch), took_s, ratio)
 
     def _take_in(self, request: Request, run: _Running, logits_K: NDArray[np.float32]) -> None:
         columns_run = (*request.columns_run, run.column)

@@ -185,7 +185,9 @@ class Session(Protocol):
 
 
 class Inference:
-    """The columns of one artifact, ready to run. One run at a time: not safe for several threads.
+    """The columns of one artifact, ready to run.
+
+    On a CPU several threads may do so at once; on a GPU it must be one, which has warmed them up.
 
     Args:
         manifest: Verified description of the artifact.

@@ -83,6 +83,7 @@ class FakeProcessor:
         self.n_brief = 0
         self.n_preempted = 0
         self.is_running = False
+        self.ended_s = 0.0
         self._preempt: Callable[[], None] | None = None
 
     def start(
@@ -107,13 +108,16 @@ class FakeProcessor:
         if not is_brief:
             assert not self.is_running, "the engine must not start a run while another is in progress"
             self.is_running = True
-        self.runs.append((loop.time(), column, identities))
+        started_s = loop.time()
+        self.runs.append((started_s, column, identities))
+        duration_s = self._duration_s(column, max(1, len(identities)))
         behaviour = self._behaviours.pop(0) if self._behaviours else "good"
         done: asyncio.Future[NDArray[np.float32]] = loop.create_future()
 
         def finish() -> None:
             if not is_brief:
                 self.is_running = False
+                self.ended_s = started_s + duration_s  # the loop may come to hear of it later
             if behaviour == "raises":
                 done.set_exception(RuntimeError("this run was told to fail"))
             elif isinstance(behaviour, Exception):
@@ -125,7 +129,6 @@ class FakeProcessor:
                     logits_NK[0] = np.nan
                 done.set_result(logits_NK[1:] if behaviour == "short" else logits_NK)
 
-        duration_s = self._duration_s(column, max(1, len(identities)))
         if behaviour == "hangs" and not is_brief:
             return done
         if is_brief:
@@ -143,6 +146,7 @@ class FakeProcessor:
             if not done.done():
                 end.cancel()
                 self.is_running = False
+                self.ended_s = asyncio.get_running_loop().time()
                 done.set_exception(Preempted())
 
         asyncio.get_running_loop().call_later(PREEMPTION_S, stop)

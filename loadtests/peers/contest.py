@@ -179,16 +179,19 @@ def _ahead_of_servers() -> Iterator[None]:
     there lets who runs finish a slice of a millisecond. Only while it sends: a server that is started
     meanwhile would have it too.
     """
-    is_possible = hasattr(os, "SCHED_FIFO")
-    before = os.sched_getscheduler(0) if is_possible else 0
+    if not hasattr(os, "SCHED_FIFO"):
+        yield
+        return
+    before = os.sched_getscheduler(0)
     with contextlib.suppress(PermissionError):
-        if is_possible:
-            os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
     try:
         yield
     finally:
-        if is_possible:
+        try:
             os.sched_setscheduler(0, before, os.sched_param(0))
+        except PermissionError:  # who was allowed the class by RLIMIT_RTPRIO alone may not take the flag back
+            os.sched_setscheduler(0, before | os.SCHED_RESET_ON_FORK, os.sched_param(0))
 
 
 def busy_share(server: Server, span_s: float) -> float:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import urllib.parse
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from loadtests.offline import Offline
-from loadtests.peers import launch
+from loadtests.peers import contest, launch
 from loadtests.peers.adaptors import FOLDER, PEERS, Peer
 from loadtests.peers.column import Column
 from loadtests.peers.contest import N_CHECKED, peer_contestant
@@ -178,6 +179,25 @@ def _columns_swapped(artifact: Path, folder: Path) -> Path:
     first = manifest["rungs"][0]["file"]
     (folder / first).write_bytes((artifact / first).read_bytes())
     return folder
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_FIFO"), reason="this system has no such class")
+@pytest.mark.parametrize("is_allowed", [True, False])
+def test_the_generator_is_ahead_of_servers_only_while_it_sends(
+    is_allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classes = [os.sched_getscheduler(0)]
+
+    def choose(_: int, chosen: int, __: os.sched_param) -> None:
+        if not is_allowed and chosen == os.SCHED_FIFO | os.SCHED_RESET_ON_FORK:
+            raise PermissionError
+        classes.append(chosen)
+
+    monkeypatch.setattr(os, "sched_setscheduler", choose)
+    with contest._ahead_of_servers():
+        inside = classes[-1]
+    assert inside == (os.SCHED_FIFO | os.SCHED_RESET_ON_FORK if is_allowed else classes[0])
+    assert classes[-1] == classes[0]
 
 
 def test_tuning_changes_one_knob_at_a_time() -> None:

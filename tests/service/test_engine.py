@@ -733,9 +733,10 @@ async def test_a_brief_run_that_fails_fails_its_request_alone() -> None:
     assert (await bench.submit(2, 0.050).settled).columns_run == ("1", "2", "3")
 
 
-def beside() -> Bench:
+def beside(duration_s: Callable[[str, int], float] = as_measured) -> Bench:
     """Column 1 is brief, and a refinement in the thread can be preempted."""
-    return Bench(profile=Still(PROFILE, 0.95, preemption_s=PREEMPTION_S), brief_s=0.0015)
+    still = Still(PROFILE, 0.95, preemption_s=PREEMPTION_S)
+    return Bench(profile=still, duration_s=duration_s, brief_s=0.0015)
 
 
 @in_virtual_time
@@ -774,10 +775,62 @@ async def test_a_refinement_makes_way_for_one_beside_whom_it_would_be_dangerous(
 
 
 @in_virtual_time
+async def test_whoever_comes_too_late_for_a_turn_after_a_refinement_is_not_kept_waiting_for_it() -> None:
+    bench = beside()
+    patient = bench.submit(1, 0.050)  # column 3 or 2 and 3 from 0.001 on
+    await asyncio.sleep(0.0001)
+    busy_until_s = 0.001 + as_measured(bench.processor.runs[-1][1], 1)
+    newcomer = bench.submit(2, busy_until_s + 0.002 - bench.now())
+    assert (newcomer.settled.result().columns_run, newcomer.settled.result().stopped_by) == (("1",), "load")
+    assert bench.processor.n_preempted == 0
+    await patient.settled
+
+
+@in_virtual_time
+async def test_an_answer_in_hand_leaves_before_a_brief_run_would_make_it_late() -> None:
+    bench = beside(lambda column, n: as_measured(column, n) * (1 if column == "1" else 3))
+    waiting = bench.submit(1, 0.0050)  # its refinement overruns
+    assert bench.processor.is_running
+    await asyncio.sleep(0.0050 - RESERVE_S - bench.now() - 0.0004)
+    assert not waiting.settled.done()
+    newcomer = bench.submit(2, 0.020)
+    served = waiting.settled.result()
+    assert (served.outcome, served.columns_run[0]) == ("answered", "1")
+    assert served.settled_s <= 0.0050 - RESERVE_S
+    await newcomer.settled
+
+
+@in_virtual_time
+async def test_a_column_in_doubt_is_not_run_for_callers_beside_a_refinement() -> None:
+    bench = beside()
+    patient = bench.submit(1, 0.050)
+    bench.engine._health._in_a_row["1"] = N_FAILURES
+    newcomer = bench.submit(2, 0.050)
+    assert [column for _, column, _ in bench.processor.runs].count("1") == 1
+    assert (await newcomer.settled).columns_run[0] == "1"
+    blank = [batch for _, column, batch in bench.processor.runs if column == "1"]
+    assert blank == [(1,), (), (2,)]
+    await patient.settled
+
+
+@in_virtual_time
+async def test_the_end_of_a_run_is_learnt_as_it_was_and_not_as_it_was_noticed() -> None:
+    bench = Bench(profile=LiveProfile(PROFILE, 0.95, preemption_s=PREEMPTION_S), brief_s=0.0015)
+    patient = bench.submit(1, 0.050)
+    column = bench.processor.runs[-1][1]
+    took_s = as_measured(column, 1)
+    await asyncio.sleep(took_s - 0.0002)
+    bench.submit(2, 0.050)  # holds the loop until 0.8 ms after the end
+    await patient.settled
+    noticed = [one for one in bench.observed if one[0] == column]
+    assert noticed[0][2] == pytest.approx(took_s)
+
+
+@in_virtual_time
 async def test_those_who_share_runs_are_not_run_one_by_one() -> None:
     bench = Bench(brief_s=0.002)
     together = [
-        bench.engine.submit(picture(i), arrived_s=0.0, deadline_s=0.004, is_followed=True) for i in range(2)
+        bench.engine.submit(picture(i), arrived_s=0.0, deadline_s=0.003, is_followed=True) for i in range(2)
     ]
     assert {(await one.settled).outcome for one in together} == {"answered"}
     assert [(column, batch) for _, column, batch in bench.processor.runs] == [("1", (0, 1))]

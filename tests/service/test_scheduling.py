@@ -260,6 +260,20 @@ def test_one_alone_is_weighed_against_those_who_come_too() -> None:
     assert plan([ticket(8.5)], 0.0, NO_GAIN, LADDER, SHORT).column == "1"
 
 
+def test_of_two_ways_that_gain_as_much_the_cheaper_is_taken_whichever_comes_first() -> None:
+    accuracy = {
+        ("1",): 0.8,
+        ("2",): 0.9,
+        ("3",): 0.9,
+        ("1", "2"): 0.9,
+        ("1", "3"): 0.9,
+        ("1", "2", "3"): 0.85,
+    }
+    ladder = Ladder(("1", "2", "3"), accuracy)
+    ticket = Ticket(ready_by_s=1.0, columns_run=("1",), confidence=0.5)
+    assert Anytime().plan(Queue(ladder, [ticket]), 0.0, profile_of(MS), ladder).column == "2"
+
+
 PREEMPTIBLE = LiveProfile(profile_of(MS), 0.95, preemption_s=0.0003)
 """A run goes on for 0.3 ms when it is told to end."""
 

@@ -179,7 +179,7 @@ def test_a_reader_that_takes_nothing_holds_up_nobody(inference: Inference) -> No
     """The first record is never taken: the engine refines it to the end all the same, and serves the next."""
 
     async def scenario() -> list[str]:
-        settings = Settings(profile_cache=None)
+        settings = Settings(profile_cache=None, brief_run_ms=0.0)
         model = Model(settings, inference, InferenceThread(inference), profile_of(1e-5))
         repository = Repository(settings, model)
         loop = asyncio.get_running_loop()
