@@ -138,31 +138,32 @@ def watching() -> Iterator[Callable[[], dict[str, float]]]:
     if program is None:
         yield dict
         return
-    with tempfile.TemporaryFile("w+") as file:
-        watcher = subprocess.Popen(  # noqa: S603 - NVIDIA's own program
-            [
-                program,
-                f"--query-gpu=index,{','.join(SMI_FIGURES)}",
-                "--format=csv,noheader,nounits",
-                f"--loop-ms={SMI_EVERY_MS}",
-            ],
-            stdout=file,
-            stderr=subprocess.DEVNULL,
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder, "rows.csv")
+        with rows.open("w") as file:  # read by another handle: one that both share has one place for both
+            watcher = subprocess.Popen(  # noqa: S603 - NVIDIA's own program
+                [
+                    program,
+                    f"--query-gpu=index,{','.join(SMI_FIGURES)}",
+                    "--format=csv,noheader,nounits",
+                    f"--loop-ms={SMI_EVERY_MS}",
+                ],
+                stdout=file,
+                stderr=subprocess.DEVNULL,
+            )
         try:
-            yield lambda: _means(file)
+            yield lambda: _means(rows)
         finally:
             watcher.terminate()
             watcher.wait()
 
 
-def _means(file: Any) -> dict[str, float]:
-    file.seek(0)
+def _means(rows: Path) -> dict[str, float]:
     by_gpu: dict[str, list[list[float]]] = defaultdict(list)
-    for row in csv.reader(file):
+    for row in csv.reader(rows.read_text().splitlines()):
         if len(row) == 1 + len(SMI_FIGURES):  # the last line may be cut short
             by_gpu[row[0]].append([_number(value) for value in row[1:]])
-    means = [np.mean(rows, axis=0).tolist() for rows in by_gpu.values()]
+    means = [np.mean(told, axis=0).tolist() for told in by_gpu.values()]
     busiest: list[float] = max(means, default=[])
     return dict(zip(SMI_FIGURES.values(), busiest, strict=False))
 
