@@ -61,7 +61,7 @@ def test_names_and_defaults_are_frozen() -> None:
         "min_budget_ms": 0.1,
         "max_budget_ms": 10_000.0,
         "policy": "anytime",
-        "answer_worth": 8.0,
+        "answer_worth": 4.0,
         "hope": 0.4,
         "network_ms": 0.0,
         "overhead_reserve_ms": 0.4,
