@@ -608,14 +608,12 @@ class Engine:
 
     def _begin(self, now_s: float, *, is_followed: bool) -> None:
         """Have a newcomer run, now or with those who come with it."""
-        if self._is_advance_due:
+        if self._is_advance_due or (self._running and not self._has_room_beside):
             return
         is_prompt = self._is_prompt(now_s)
-        if self._running and not (is_prompt and self._has_room_beside):
-            return
         if is_prompt and not is_followed:
             self._call_now(partial(self._advance, is_at_once=True))
-        else:
+        elif is_prompt or not self._running:
             self._advance_soon()
 
     def _advance_soon(self) -> None:
@@ -782,9 +780,8 @@ class Engine:
             self._running = None
             self._idle.set()
             ended_s = now_s
-            if (
-                self._beside_until_s > self._processor.ended_s
-            ):  # a brief run has kept us from noticing the end
+            # A brief run may have kept us from noticing the end.
+            if self._beside_until_s > self._processor.ended_s:
                 ended_s = self._processor.ended_s
             took_s = ended_s - run.started_s
             if self._preempted_s is not None:
