@@ -304,6 +304,7 @@ class Engine:
         observe_broken: Told, once, why no run will succeed any more; nobody is taken in from then on.
         health: Judges that by the runs that fail.
         reserve: Kept free of every budget for building and writing the answer [s]; learns from every answer.
+        network_s: How much earlier than it was read a request is said to have come, because of its way [s].
         brief_s: A first run of the shallowest column that is predicted to take no longer is not handed over
             to a thread, and waits for no refinement that is in progress there [s].
         keep_warm_s: The shallowest column runs on a blank picture when nothing has run for so long [s]; 0:
@@ -332,6 +333,7 @@ class Engine:
         observe_broken: Callable[[str], None],
         health: Health,
         reserve: Reserve,
+        network_s: float,
         brief_s: float,
         keep_warm_s: float,
         run_timeout_s: float,
@@ -353,6 +355,7 @@ class Engine:
         self._observe_broken = observe_broken
         self._health = health
         self._reserve = reserve
+        self._network_s = network_s
         self._brief_s = brief_s
         self._keep_warm_s = keep_warm_s
         self._run_timeout_s = run_timeout_s
@@ -369,7 +372,7 @@ class Engine:
         self._is_stopping = False
         self._n_changes = 0
         self._is_advance_due = False
-        self._learnt_s = self._rests_since_s = clock()
+        self._learnt_s = self._rests_since_s = self._caught_up_s = clock()
         self._judged = _Judged(-math.inf, 0, 0.0, preempts=False)
         self._watching: Cancellable | None = None
         self._warming: Cancellable | None = None
@@ -420,7 +423,7 @@ class Engine:
             n_unanswered += not (request.columns_run or request.settled.done())
         ready_by_s = deadline_s - self._reserve.of(deadline_s - arrived_s)
         if n_unanswered >= self._max_waiting:
-            self._traffic.arrived(now_s, ready_by_s - now_s)
+            self._note_arrival(now_s, arrived_s, ready_by_s)
             raise self.refusal(f"{n_unanswered} requests wait for their first answer: retry later.", "load")
         busy_until_s, sooner_s, is_beside = now_s, math.inf, False
         if self._running:
@@ -441,7 +444,7 @@ class Engine:
         )
         if not admission.is_accepted:
             self._doubt(now_s)
-            self._traffic.arrived(now_s, ready_by_s - now_s)
+            self._note_arrival(now_s, arrived_s, ready_by_s)
             raise self.refusal(
                 self._why_not_in_time(arrived_s, deadline_s, now_s, admission.needs_s),
                 self._reason(arrived_s, deadline_s, now_s, spent_on),
@@ -452,6 +455,15 @@ class Engine:
             needs_s *= scheduling.CROWDED
         until_s = max(ready_by_s - needs_s, start_s)
         self._judged = _Judged(deadline_s, self._n_changes, until_s, admission.preempts)
+
+    def _note_arrival(self, now_s: float, arrived_s: float, ready_by_s: float) -> None:
+        """Count somebody as traffic, also one who is refused.
+
+        Who was read before the loop had caught up with a run has waited for it: what is to be done after a
+        run comes when the loop has asked for who is there.
+        """
+        has_waited = arrived_s + self._network_s < self._caught_up_s
+        self._traffic.arrived(now_s, ready_by_s - now_s, has_waited=has_waited)
 
     def _why_not_in_time(self, arrived_s: float, deadline_s: float, now_s: float, needs_s: float) -> str:
         """One sentence; retrying is advised only to one whose budget would do on an idle server."""
@@ -596,7 +608,7 @@ class Engine:
             settled=asyncio.get_running_loop().create_future(),
             on_rung=on_rung,
         )
-        self._traffic.arrived(now_s, request.ready_by_s - now_s)
+        self._note_arrival(now_s, arrived_s, request.ready_by_s)
         self._queue.add(request)
         self._n_changes += 1
         if self._judged.preempts and self._is_preemptible:  # it may have come to be in vain meanwhile
@@ -835,6 +847,7 @@ class Engine:
         self._advance()
 
     def _learn(self, run: _Running, took_s: float) -> None:
+        self._caught_up_s = self._clock()
         ratio = self._profile.observe(run.column, len(run.batch), took_s)
         self._observe_run(run.column, len(run.batch), took_s, ratio)
 

@@ -154,7 +154,12 @@ class Model:
         )
         self._engine = Engine(
             self._processor,
-            named(self._settings.policy, self._settings.answer_worth, self._settings.hope),
+            named(
+                self._settings.policy,
+                self._settings.answer_worth,
+                self._settings.hope,
+                self._settings.refine_below,
+            ),
             self._live_profile,
             self.manifest.ladder(),
             clock=self._clock,
@@ -172,6 +177,7 @@ class Model:
                 least_s=self._settings.write_reserve_ms / 1e3,
                 most_s=self._settings.max_overhead_reserve_ms / 1e3,
             ),
+            network_s=self._settings.network_ms / 1e3,
             brief_s=self._settings.brief_run_ms / 1e3 if self.provider == "cpu" else 0.0,
             keep_warm_s=_keep_warm_s(self._settings, self._inference),
             run_timeout_s=self._settings.run_timeout_s,

@@ -11,7 +11,17 @@ from typing import Literal, get_args
 
 from service.ladder import Ladder
 from service.latency import LatencyProfile
-from service.scheduling import ANSWER_WORTH, HOPE, Admission, Anytime, Plan, Policy, StoppedBy, least_to_try_s
+from service.scheduling import (
+    ANSWER_WORTH,
+    HOPE,
+    REFINE_BELOW,
+    Admission,
+    Anytime,
+    Plan,
+    Policy,
+    StoppedBy,
+    least_to_try_s,
+)
 from service.waiting import NO_TRAFFIC, Queue, Ticket, TicketT, Traffic, ready_by
 
 PolicyName = Literal["anytime", "fixed-shallow", "fixed-deep", "deepest-fit", "slackfit"]
@@ -153,17 +163,23 @@ def _in_time_together(column: str, queue: Sequence[Ticket], now_s: float, profil
     return best_n
 
 
-def named(name: PolicyName, answer_worth: float = ANSWER_WORTH, hope: float = HOPE) -> Policy:
+def named(
+    name: PolicyName,
+    answer_worth: float = ANSWER_WORTH,
+    hope: float = HOPE,
+    refine_below: float = REFINE_BELOW,
+) -> Policy:
     """The policy of this name.
 
     Args:
         name: One of `POLICY_NAMES`.
         answer_worth: For the one that weighs answers against accuracy, see `Anytime`.
         hope: How little time is enough to try, see `Anytime`.
+        refine_below: How busy the event loop may be while answers are refined, see `Anytime`.
     """
     match name:
         case "anytime":
-            return Anytime(answer_worth, hope)
+            return Anytime(answer_worth, hope, refine_below)
         case "fixed-shallow":
             return OneShot(_fixed(0), by_deadline=False, hope=hope)
         case "fixed-deep":

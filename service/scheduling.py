@@ -37,6 +37,11 @@ HOPE = 0.4
 """Share of the predicted time that must be left for a first answer to be tried for, while time is not scarce,
 unless the operator says otherwise: whoever is predicted to be late by less is in time often enough."""
 
+REFINE_BELOW = 0.5
+"""Answers are refined while no larger share than this of those who come find the event loop at work for
+others (`Traffic.busy`), unless the operator says otherwise. A refinement costs more than its run: the loop
+plans it and takes it in, and on a processor it takes caches and cores from those who read and answer."""
+
 CROWDED = 2.0
 """A run beside another may take this many times as long: they share caches and perhaps a core."""
 
@@ -210,11 +215,16 @@ class Anytime:
         hope: While time is not scarce and nobody else waits, a first answer is tried for if this share of its
             predicted time is left. 1: only for whom it is predicted to be in time. Smaller: more are in time
             who were not expected to be, and more callers learn late that there is no answer.
+        refine_below: Answers are refined while `Traffic.busy` is not above this. 1: always. Smaller: more are
+            in time in heavy traffic, fewer are refined.
     """
 
-    def __init__(self, answer_worth: float = ANSWER_WORTH, hope: float = 1.0) -> None:
+    def __init__(
+        self, answer_worth: float = ANSWER_WORTH, hope: float = 1.0, refine_below: float = REFINE_BELOW
+    ) -> None:
         self._answer_worth = answer_worth
         self._hope = hope
+        self._refine_below = refine_below
 
     def plan(
         self,
@@ -228,14 +238,17 @@ class Anytime:
 
         Cost: O(K * 2^C + log n) in n waiting tickets, C columns and K kinds of them; never blocks.
         """
+        refines = traffic.busy <= self._refine_below
         if len(waiting) == 1:  # the usual case, and its answer waits for this
-            return self._plan_alone(next(iter(waiting)), now_s, profile, ladder, traffic)
+            return self._plan_alone(next(iter(waiting)), now_s, profile, ladder, traffic, refines=refines)
         # One who is predicted to be late is given a try where it can cost nobody else.
         hope = self._hope if len(waiting.unanswered) == 1 else 1.0
         least_s = least_to_try_s(profile, ladder.shallowest, traffic, hope)
         first = bisect_left(waiting.unanswered, now_s + least_s, key=ready_by)
         costs = _Costs(profile)
-        finished, refinable = _part_with_the_hopeless(waiting, now_s, profile, ladder, traffic, costs)
+        finished, refinable = _part_with_the_hopeless(
+            waiting, now_s, profile, ladder, traffic, costs, refines=refines
+        )
         if first < len(waiting.unanswered):
             if better := self._better_than_a_small_batch(
                 waiting, first, refinable, now_s, profile, ladder, traffic, costs
@@ -293,19 +306,30 @@ class Anytime:
         needs_s = max(ends_s[place] - now_s, profile.latency(ladder.shallowest, least).likely_s)
         if now_s + needs_s > ready_by_s:
             return Admission(is_accepted=False, needs_s=needs_s)
-        behind = zip(with_it_s[place + 1 :], ends_s[place + 1 :], strict=True)
-        is_harmless = all(end_s <= by_s for by_s, end_s in behind)
+        # Who is ahead loses nothing, unless the queue is now long enough to be served in batches only.
+        begins_batches = least > _least_batch(ladder.shallowest, len(before_s), profile, traffic)
+        first = 0 if begins_batches else place + 1
+        is_harmless = all(
+            end_s <= by_s for by_s, end_s in zip(with_it_s[first:], ends_s[first:], strict=True)
+        )
         return Admission(is_accepted=is_harmless, needs_s=needs_s)
 
     def _plan_alone(
-        self, ticket: TicketT, now_s: float, profile: LatencyProfile, ladder: Ladder, traffic: Traffic
+        self,
+        ticket: TicketT,
+        now_s: float,
+        profile: LatencyProfile,
+        ladder: Ladder,
+        traffic: Traffic,
+        *,
+        refines: bool,
     ) -> Plan[TicketT]:
         if not ticket.columns_run:
             if ticket.ready_by_s < now_s + least_to_try_s(profile, ladder.shallowest, traffic, self._hope):
                 return Plan(None, (), ())
             return Plan(self._opening(ticket, now_s, profile, ladder, traffic), (ticket,), ())
         way = None
-        if not ticket.is_content:
+        if refines and not ticket.is_content:
             way = _best_way(ticket, now_s, profile, ladder, traffic, self._answer_worth)
         if way:
             return Plan(way.added[0], (ticket,), ())
@@ -485,12 +509,15 @@ def _ends_of_column_1(
     now_s, variance_s2 = start_s, 0.0
     n_queue = len(queue_s)
     while len(ends_s) < n_queue:
-        slack_s = queue_s[len(ends_s)] - now_s
+        by_s = queue_s[len(ends_s)]
+        slack_s = by_s - now_s
         n_left = n_queue - len(ends_s)
-        if alone.median_s > slack_s:
+        # Both bounds are those of `plan`, and added up as there: a difference is rounded otherwise.
+        if now_s + alone.median_s > by_s:
             ends_s.append(now_s + alone_s)
             continue
-        if profile.latency(column, min(least_batch, n_left)).median_s > slack_s:
+        least = min(least_batch, n_left)
+        if least > 1 and now_s + profile.latency(column, least).likely_s > by_s:
             ends_s.append(now_s + slack_s + alone_s)
             continue
         n = _worthwhile_batch(column, n_left, slack_s, profile)
@@ -564,8 +591,10 @@ def _part_with_the_hopeless(
     ladder: Ladder,
     traffic: Traffic,
     costs: _Costs,
+    *,
+    refines: bool,
 ) -> tuple[_Finished[TicketT], _Refinable[TicketT]]:
-    """Who of those with an answer is done, and who is kept to be refined.
+    """Who of those with an answer is done, and who is kept to be refined, if anybody is.
 
     Done is who wants nothing deeper, and for whom nothing deeper will be had in time: answers that have more
     to gain are refined first, in the time that first answers leave over. One whose turn would come too late
@@ -573,6 +602,9 @@ def _part_with_the_hopeless(
     """
     if not waiting.answered:
         return (), {}
+    if not refines:
+        answered = [ticket for same in waiting.answered.values() for ticket in same]
+        return tuple([(ticket, stopped_by(ticket, now_s, profile, ladder)) for ticket in answered]), {}
     finished = [(t, stopped_by(t, now_s, profile, ladder)) for t in waiting.answered.get(None, ())]
     refinable: _Refinable[TicketT] = {}
     best = []

@@ -15,7 +15,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict
 
 from service.policies import PolicyName
-from service.scheduling import ANSWER_WORTH, HOPE
+from service.scheduling import ANSWER_WORTH, HOPE, REFINE_BELOW
 
 PREFIX = "ANYTIME_"
 SECRET = frozenset({"api_keys", "admin_keys", "tls_key_password"})
@@ -288,6 +288,14 @@ class Settings(BaseSettings):
         description="Share of the predicted time that must be left for a first answer to be tried for, while "
         "there is time for everybody. Larger: fewer in time who were not expected to be, more of those who "
         "get no answer learn it at once.",
+    )
+    refine_below: float = Field(
+        REFINE_BELOW,
+        gt=0,
+        le=1,
+        description="Answers are refined while no larger share of requests than this found the event loop at "
+        "work for others when they came. Larger: deeper answers in heavy traffic, fewer in time there. 1: "
+        "refined however busy it is.",
     )
     network_ms: float = Field(
         0.0,

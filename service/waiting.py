@@ -121,10 +121,14 @@ class Traffic:
     Attributes:
         rate_hz: Requests a second.
         slacks_s: Time that a sample of them had left when they were taken in [s], ascending.
+        busy: Share of them for whom what reads and answers had no time when they came. Of arrivals that know
+            nothing of each other it is the share of the time in which it is at work; a caller who comes again
+            when the answer is there never waits, however often.
     """
 
     rate_hz: float = 0.0
     slacks_s: Sequence[float] = ()
+    busy: float = 0.0
 
     def losses(self, run_s: float, column_1_s: float) -> float:
         """How many requests to expect during a run that will miss their column 1 if they wait for its end.
@@ -180,7 +184,7 @@ class TrafficMonitor:
 
     def __init__(self, window_s: float = 0.25, n_slacks: int = 64) -> None:
         self._window_s = window_s
-        self._weight = 0.0
+        self._weight = self._weight_waited = 0.0
         self._at_s = 0.0
         self._latest = [0.0] * n_slacks
         self._slacks_s: list[float] = []
@@ -188,9 +192,17 @@ class TrafficMonitor:
         self._known = NO_TRAFFIC
         self._known_at_s = -math.inf
 
-    def arrived(self, now_s: float, slack_s: float) -> None:
-        """Count a request that was offered, admitted or not, with this much time left."""
-        self._weight = self._weight * self._share_left(now_s) + 1.0
+    def arrived(self, now_s: float, slack_s: float, *, has_waited: bool = False) -> None:
+        """Count a request that was offered, admitted or not.
+
+        Args:
+            now_s: Current time [s].
+            slack_s: How much time it has left [s].
+            has_waited: What reads and answers was at work for others when it came.
+        """
+        share_left = self._share_left(now_s)
+        self._weight = self._weight * share_left + 1.0
+        self._weight_waited = self._weight_waited * share_left + has_waited
         self._at_s = now_s
         place = self._n % len(self._latest)
         if self._n >= len(self._latest):
@@ -209,7 +221,8 @@ class TrafficMonitor:
         if abs(now_s - self._known_at_s) < SAME_S:
             return self._known
         others = max(0.0, self._weight - 1.0) * self._share_left(now_s)
-        self._known, self._known_at_s = Traffic(others / self._window_s, tuple(self._slacks_s)), now_s
+        rate_hz, busy = others / self._window_s, self._weight_waited / max(1.0, self._weight)
+        self._known, self._known_at_s = Traffic(rate_hz, tuple(self._slacks_s), busy), now_s
         return self._known
 
     def _share_left(self, now_s: float) -> float:

@@ -76,7 +76,9 @@ def test_it_ends_after_so_many_steps() -> None:
 def nvidia_smi(folder: Path, *lines: str) -> None:
     """A program that writes all lines at once, so that whoever reads some of them reads the last one too."""
     program = folder / "nvidia-smi"
-    program.write_text("#!/bin/sh\nprintf '%s\\n' " + " ".join(f"'{line}'" for line in lines) + "\nexec sleep 60\n")
+    program.write_text(
+        "#!/bin/sh\nprintf '%s\\n' " + " ".join(f"'{line}'" for line in lines) + "\nexec sleep 60\n"
+    )
     program.chmod(0o755)
 
 

@@ -105,6 +105,7 @@ class Bench:
         keep_warm_s: float = 0.0,
         max_waiting: int = 100,
         jitter: float = 1.0,
+        network_s: float = 0.0,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.now = loop.time
@@ -131,6 +132,7 @@ class Bench:
             observe_broken=self.broken.append,
             health=Health(N_FAILURES),
             reserve=Reserve(RESERVE_S, least_s=1e-4, most_s=5e-3),
+            network_s=network_s,
             brief_s=brief_s,
             keep_warm_s=keep_warm_s,
             run_timeout_s=RUN_TIMEOUT_S,
@@ -437,6 +439,25 @@ async def test_one_who_came_in_the_very_turn_of_the_stop_is_turned_away() -> Non
     await bench.engine.stop(1.0)
     assert (await request.settled).outcome == "stopped"
     assert bench.processor.runs == []
+
+
+def busy(bench: Bench) -> float:
+    return bench.engine._traffic.traffic(bench.now()).busy
+
+
+@in_virtual_time
+async def test_one_read_before_the_loop_had_caught_up_with_a_run_has_waited_for_it() -> None:
+    bench = Bench(network_s=0.002)
+    first = await bench.begin(1, 0.003)
+    await first.settled
+    ended_s = bench.now()
+    await asyncio.sleep(0.001)  # now the loop has done what is to be done after the run
+    on_its_way_s = bench.now() - 0.002  # read after it had
+    bench.engine.submit(picture(2), arrived_s=on_its_way_s, deadline_s=bench.now() + 0.05)
+    assert busy(bench) == 0
+    before_s = ended_s - 0.0001 - 0.002
+    bench.engine.submit(picture(3), arrived_s=before_s, deadline_s=bench.now() + 0.05)
+    assert busy(bench) == pytest.approx(1 / 3, abs=0.01)
 
 
 @in_virtual_time

@@ -251,6 +251,24 @@ def test_a_long_refinement_is_not_run_where_it_would_cost_those_who_come_their_a
     assert plan(waiting, 0.0, NO_GAIN, LADDER, Traffic(0.5, SHORT.slacks_s)).column == "3"
 
 
+@pytest.mark.parametrize("waiting", [[ticket(50, "1")], [ticket(50, "1"), ticket(60, "1", "2")]])
+def test_nobody_is_refined_where_the_loop_has_no_time_for_those_who_come(waiting: list[Ticket]) -> None:
+    busy = Traffic(busy=0.6)
+    done = Anytime(refine_below=0.5).plan(Queue(LADDER, waiting), 0.0, NO_GAIN, LADDER, busy)
+    assert (done.column, done.batch) == (None, ())
+    assert set(done.finished) == {(one, "load") for one in waiting}
+    refined = Anytime(refine_below=0.6).plan(Queue(LADDER, waiting), 0.0, NO_GAIN, LADDER, busy)
+    assert refined.column in {"2", "3"}
+    assert refined.finished == ()
+
+
+def test_a_first_answer_is_run_however_busy_the_loop_is() -> None:
+    fresh, answered = ticket(50), ticket(50, "1")
+    decided = plan([answered, fresh], 0.0, NO_GAIN, LADDER, Traffic(busy=1.0))
+    assert (decided.column, decided.batch) == ("1", (fresh,))
+    assert decided.finished == ((answered, "load"),)
+
+
 def test_one_alone_is_weighed_against_those_who_come_too() -> None:
     alone = ticket(50, "1", "2")
     blocked = plan([alone], 0.0, NO_GAIN, LADDER, SHORT)
@@ -347,6 +365,14 @@ def test_where_an_image_is_dear_alone_two_full_batches_do_without_one_who_has_no
     assert plan([hurried, *relaxed], 0.0, GAIN, LADDER).batch == tuple(relaxed[:4])
     little_gain = profile_of(MS, per_image=0.5)
     assert plan([hurried, *relaxed], 0.0, little_gain, LADDER).batch == (hurried,)
+
+
+def test_nobody_is_admitted_who_makes_others_wait_for_batches_that_they_have_no_time_for() -> None:
+    hurried, relaxed = ticket(1.05), [ticket(60 + i) for i in range(7)]
+    assert admit(0.050, 0.0, 0.0, [hurried, *relaxed[:5]], GAIN, LADDER).is_accepted
+    assert not admit(0.050, 0.0, 0.0, [hurried, *relaxed[:6]], GAIN, LADDER).is_accepted
+    # Whoever is past help in any case keeps nobody out.
+    assert admit(0.050, 0.0, 0.0, [ticket(0.5), *relaxed], GAIN, LADDER).is_accepted
 
 
 def test_in_overload_one_without_time_is_served_all_the_same_if_nobody_has_more() -> None:

@@ -220,6 +220,27 @@ def test_a_clock_that_seems_to_go_back_raises_nothing_to_the_skies() -> None:
     assert monitor.traffic(1.0).rate_hz <= 3 / 0.25
 
 
+def test_how_many_found_the_loop_at_work_is_known_of_late() -> None:
+    monitor, now_s = TrafficMonitor(window_s=0.25), 100.0
+    for n in range(1000):
+        now_s += 1e-3
+        monitor.arrived(now_s, 0.01, has_waited=n % 5 < 3)
+    assert monitor.traffic(now_s).busy == pytest.approx(0.6, abs=0.02)
+    for _ in range(250):
+        now_s += 1e-3
+        monitor.arrived(now_s, 0.01)
+    assert monitor.traffic(now_s).busy == pytest.approx(0.6 / math.e, abs=0.02)
+    monitor.arrived(now_s + 10, 0.01)  # who comes after a silence finds nobody
+    assert monitor.traffic(now_s + 10).busy == pytest.approx(0, abs=1e-9)
+
+
+def test_one_who_had_to_wait_makes_a_loop_no_busier_than_all_the_time() -> None:
+    monitor = TrafficMonitor()
+    assert monitor.traffic(1.0).busy == 0
+    monitor.arrived(1.0, 0.01, has_waited=True)
+    assert monitor.traffic(1.0).busy == 1
+
+
 @given(st.lists(st.floats(-1, 1), max_size=40), st.integers(1, 10))
 def test_law_the_latest_slacks_are_kept_ascending(slacks_s: list[float], n: int) -> None:
     monitor = TrafficMonitor(n_slacks=n)
