@@ -42,6 +42,10 @@ REFINE_BELOW = 0.5
 others (`Traffic.busy`), unless the operator says otherwise. A refinement costs more than its run: the loop
 plans it and takes it in, and on a processor it takes caches and cores from those who read and answer."""
 
+LIGHT = 0.1
+"""Share of the time that column 1 alone would need for all who come, below which traffic is light: some who
+come at once and then nobody keep the loop at work, but not for long."""
+
 CROWDED = 2.0
 """A run beside another may take this many times as long: they share caches and perhaps a core."""
 
@@ -215,8 +219,8 @@ class Anytime:
         hope: While time is not scarce and nobody else waits, a first answer is tried for if this share of its
             predicted time is left. 1: only for whom it is predicted to be in time. Smaller: more are in time
             who were not expected to be, and more callers learn late that there is no answer.
-        refine_below: Answers are refined while `Traffic.busy` is not above this. 1: always. Smaller: more are
-            in time in heavy traffic, fewer are refined.
+        refine_below: Answers are refined while `Traffic.busy` is not above this, or traffic is light. 1:
+            always. Smaller: more are in time in heavy traffic, fewer are refined.
     """
 
     def __init__(
@@ -238,7 +242,7 @@ class Anytime:
 
         Cost: O(K * 2^C + log n) in n waiting tickets, C columns and K kinds of them; never blocks.
         """
-        refines = traffic.busy <= self._refine_below
+        refines = self._refines(profile, ladder, traffic)
         if len(waiting) == 1:  # the usual case, and its answer waits for this
             return self._plan_alone(next(iter(waiting)), now_s, profile, ladder, traffic, refines=refines)
         # One who is predicted to be late is given a try where it can cost nobody else.
@@ -313,6 +317,12 @@ class Anytime:
             end_s <= by_s for by_s, end_s in zip(with_it_s[first:], ends_s[first:], strict=True)
         )
         return Admission(is_accepted=is_harmless, needs_s=needs_s)
+
+    def _refines(self, profile: LatencyProfile, ladder: Ladder, traffic: Traffic) -> bool:
+        """Whether there is time to refine answers beside reading, deciding and writing."""
+        if traffic.busy <= self._refine_below:
+            return True
+        return traffic.rate_hz * profile.latency(ladder.shallowest, 1).median_s < LIGHT
 
     def _plan_alone(
         self,

@@ -294,8 +294,8 @@ class Settings(BaseSettings):
         gt=0,
         le=1,
         description="Answers are refined while no larger share of requests than this found the event loop at "
-        "work for others when they came. Larger: deeper answers in heavy traffic, fewer in time there. 1: "
-        "refined however busy it is.",
+        "work for others when they came, or few come. Larger: deeper answers in heavy traffic, fewer in time "
+        "there. 1: refined however busy it is.",
     )
     network_ms: float = Field(
         0.0,

@@ -48,7 +48,7 @@ def test_the_policy_that_ships_weighs_answers_as_it_is_told() -> None:
     answered, short = Queue(LADDER, [ticket(50, "1")]), Traffic(100.0, (0.003,))
     assert policy.plan(answered, 0.0, NO_GAIN, LADDER, short).column is not None
     assert heavy.plan(answered, 0.0, NO_GAIN, LADDER, short).column is None
-    busy = Traffic(busy=0.9)
+    busy = Traffic(rate_hz=500.0, busy=0.9)
     assert policy.plan(answered, 0.0, NO_GAIN, LADDER, busy).column is None
     assert named("anytime", refine_below=0.9).plan(answered, 0.0, NO_GAIN, LADDER, busy).column is not None
 

@@ -253,18 +253,22 @@ def test_a_long_refinement_is_not_run_where_it_would_cost_those_who_come_their_a
 
 @pytest.mark.parametrize("waiting", [[ticket(50, "1")], [ticket(50, "1"), ticket(60, "1", "2")]])
 def test_nobody_is_refined_where_the_loop_has_no_time_for_those_who_come(waiting: list[Ticket]) -> None:
-    busy = Traffic(busy=0.6)
+    busy = Traffic(rate_hz=120.0, busy=0.6)
     done = Anytime(refine_below=0.5).plan(Queue(LADDER, waiting), 0.0, NO_GAIN, LADDER, busy)
     assert (done.column, done.batch) == (None, ())
     assert set(done.finished) == {(one, "load") for one in waiting}
     refined = Anytime(refine_below=0.6).plan(Queue(LADDER, waiting), 0.0, NO_GAIN, LADDER, busy)
     assert refined.column in {"2", "3"}
     assert refined.finished == ()
+    # Some who came at once, on a server that has little to do.
+    burst = Traffic(rate_hz=80.0, busy=0.9)
+    refined = Anytime(refine_below=0.5).plan(Queue(LADDER, waiting), 0.0, NO_GAIN, LADDER, burst)
+    assert refined.column in {"2", "3"}
 
 
 def test_a_first_answer_is_run_however_busy_the_loop_is() -> None:
     fresh, answered = ticket(50), ticket(50, "1")
-    decided = plan([answered, fresh], 0.0, NO_GAIN, LADDER, Traffic(busy=1.0))
+    decided = plan([answered, fresh], 0.0, NO_GAIN, LADDER, Traffic(500.0, busy=1.0))
     assert (decided.column, decided.batch) == ("1", (fresh,))
     assert decided.finished == ((answered, "load"),)
 
