@@ -459,8 +459,9 @@ class Engine:
     def _note_arrival(self, now_s: float, arrived_s: float, ready_by_s: float) -> None:
         """Count somebody as traffic, also one who is refused.
 
-        Who was read before the loop had caught up with a run has waited for it: what is to be done after a
-        run comes when the loop has asked for who is there.
+        Who came before the loop had caught up with a run has waited for it: with uvloop, what is to be done
+        after a run comes when the loop has asked for who is there. Somebody whose body was long on its way is
+        taken to have waited, too.
         """
         has_waited = arrived_s + self._network_s < self._caught_up_s
         self._traffic.arrived(now_s, ready_by_s - now_s, has_waited=has_waited)

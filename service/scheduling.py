@@ -310,11 +310,14 @@ class Anytime:
         needs_s = max(ends_s[place] - now_s, profile.latency(ladder.shallowest, least).likely_s)
         if now_s + needs_s > ready_by_s:
             return Admission(is_accepted=False, needs_s=needs_s)
-        # Who is ahead loses nothing, unless the queue is now long enough to be served in batches only.
+        # Who is ahead loses nothing, unless the queue is now long enough to be served in batches only. Who is
+        # past help in any case keeps nobody out.
         begins_batches = least > _least_batch(ladder.shallowest, len(before_s), profile, traffic)
         first = 0 if begins_batches else place + 1
+        helped_s = start_s + profile.latency(ladder.shallowest, 1).median_s
         is_harmless = all(
-            end_s <= by_s for by_s, end_s in zip(with_it_s[first:], ends_s[first:], strict=True)
+            end_s <= by_s or by_s < helped_s
+            for by_s, end_s in zip(with_it_s[first:], ends_s[first:], strict=True)
         )
         return Admission(is_accepted=is_harmless, needs_s=needs_s)
 
@@ -444,8 +447,8 @@ def stopped_by(ticket: Ticket, now_s: float, profile: LatencyProfile, ladder: La
     """Why an answer given now is not a deeper one.
 
     `load` means that a deeper rung would have fitted, had nothing come in between: others that took the time,
-    a stop, a run that failed. `deepest` includes that deeper rungs exist but none makes the answer more
-    accurate.
+    a stop, a run that failed, an event loop that was busy. `deepest` includes that deeper rungs exist but none
+    makes the answer more accurate.
     """
     if ticket.is_content:
         return "confidence"

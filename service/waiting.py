@@ -216,7 +216,7 @@ class TrafficMonitor:
         """What to expect now.
 
         The latest arrival is not counted: whoever asks does so because of it, and one who comes to an idle
-        server is no traffic to themselves.
+        server is no traffic to themselves. Among those who found what answers at work, it is.
         """
         if abs(now_s - self._known_at_s) < SAME_S:
             return self._known
