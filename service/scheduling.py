@@ -447,8 +447,8 @@ def stopped_by(ticket: Ticket, now_s: float, profile: LatencyProfile, ladder: La
     """Why an answer given now is not a deeper one.
 
     `load` means that a deeper rung would have fitted, had nothing come in between: others that took the time,
-    a stop, a run that failed, a busy loop. `deepest` includes that deeper rungs exist but none makes the answer
-    more accurate.
+    a stop, a run that failed, a busy loop. `deepest` includes that deeper rungs exist but none makes the
+    answer more accurate.
     """
     if ticket.is_content:
         return "confidence"
