@@ -242,17 +242,20 @@ class Anytime:
 
         Cost: O(K * 2^C + log n) in n waiting tickets, C columns and K kinds of them; never blocks.
         """
-        refines = self._refines(profile, ladder, traffic)
         if len(waiting) == 1:  # the usual case, and its answer waits for this
-            return self._plan_alone(next(iter(waiting)), now_s, profile, ladder, traffic, refines=refines)
+            return self._plan_alone(next(iter(waiting)), now_s, profile, ladder, traffic)
         # One who is predicted to be late is given a try where it can cost nobody else.
         hope = self._hope if len(waiting.unanswered) == 1 else 1.0
         least_s = least_to_try_s(profile, ladder.shallowest, traffic, hope)
         first = bisect_left(waiting.unanswered, now_s + least_s, key=ready_by)
         costs = _Costs(profile)
-        finished, refinable = _part_with_the_hopeless(
-            waiting, now_s, profile, ladder, traffic, costs, refines=refines
-        )
+        finished: _Finished[TicketT]
+        refinable: _Refinable[TicketT] = {}
+        if self._refines(profile, ladder, traffic):
+            finished, refinable = _part_with_the_hopeless(waiting, now_s, profile, ladder, traffic, costs)
+        else:
+            answered = [ticket for same in waiting.answered.values() for ticket in same]
+            finished = tuple([(one, stopped_by(one, now_s, profile, ladder)) for one in answered])
         if first < len(waiting.unanswered):
             if better := self._better_than_a_small_batch(
                 waiting, first, refinable, now_s, profile, ladder, traffic, costs
@@ -312,7 +315,9 @@ class Anytime:
             return Admission(is_accepted=False, needs_s=needs_s)
         # Who is ahead loses nothing, unless the queue is now long enough to be served in batches only. Who is
         # past help in any case keeps nobody out.
-        begins_batches = least > _least_batch(ladder.shallowest, len(before_s), profile, traffic)
+        begins_batches = least > 1 and least > _least_batch(
+            ladder.shallowest, len(before_s), profile, traffic
+        )
         first = 0 if begins_batches else place + 1
         helped_s = start_s + profile.latency(ladder.shallowest, 1).median_s
         is_harmless = all(
@@ -328,21 +333,14 @@ class Anytime:
         return traffic.rate_hz * profile.latency(ladder.shallowest, 1).median_s < LIGHT
 
     def _plan_alone(
-        self,
-        ticket: TicketT,
-        now_s: float,
-        profile: LatencyProfile,
-        ladder: Ladder,
-        traffic: Traffic,
-        *,
-        refines: bool,
+        self, ticket: TicketT, now_s: float, profile: LatencyProfile, ladder: Ladder, traffic: Traffic
     ) -> Plan[TicketT]:
         if not ticket.columns_run:
             if ticket.ready_by_s < now_s + least_to_try_s(profile, ladder.shallowest, traffic, self._hope):
                 return Plan(None, (), ())
             return Plan(self._opening(ticket, now_s, profile, ladder, traffic), (ticket,), ())
         way = None
-        if refines and not ticket.is_content:
+        if not ticket.is_content and self._refines(profile, ladder, traffic):
             way = _best_way(ticket, now_s, profile, ladder, traffic, self._answer_worth)
         if way:
             return Plan(way.added[0], (ticket,), ())
@@ -531,7 +529,7 @@ def _ends_of_column_1(
             continue
         least = min(least_batch, n_left)
         if least > 1 and now_s + profile.latency(column, least).likely_s > by_s:
-            ends_s.append(now_s + slack_s + alone_s)
+            ends_s.append(by_s + alone_s)
             continue
         n = _worthwhile_batch(column, n_left, slack_s, profile)
         latency = profile.latency(column, n)
@@ -604,10 +602,8 @@ def _part_with_the_hopeless(
     ladder: Ladder,
     traffic: Traffic,
     costs: _Costs,
-    *,
-    refines: bool,
 ) -> tuple[_Finished[TicketT], _Refinable[TicketT]]:
-    """Who of those with an answer is done, and who is kept to be refined, if anybody is.
+    """Who of those with an answer is done, and who is kept to be refined.
 
     Done is who wants nothing deeper, and for whom nothing deeper will be had in time: answers that have more
     to gain are refined first, in the time that first answers leave over. One whose turn would come too late
@@ -615,9 +611,6 @@ def _part_with_the_hopeless(
     """
     if not waiting.answered:
         return (), {}
-    if not refines:
-        answered = [ticket for same in waiting.answered.values() for ticket in same]
-        return tuple([(ticket, stopped_by(ticket, now_s, profile, ladder)) for ticket in answered]), {}
     finished = [(t, stopped_by(t, now_s, profile, ladder)) for t in waiting.answered.get(None, ())]
     refinable: _Refinable[TicketT] = {}
     best = []
