@@ -43,7 +43,7 @@ from service.errors import (
     Unauthorized,
     UnsupportedType,
 )
-from service.exchange import Exchange, Headers, Room, arrived_s, farewell, problem_document
+from service.exchange import Exchange, Headers, Room, arrival, farewell, problem_document
 from service.logs import RequestLog
 from service.metrics import CONTENT_TYPE
 from service.models import Asked, number, settled
@@ -159,13 +159,15 @@ class Service:
         self._access.check(scope["path"], scope["query_string"], exchange.headers, address)
 
     def _record(self, scope: Scope, headers: Mapping[bytes, bytes]) -> Record:
+        arrived_s, has_waited = arrival(scope, self._clock())
         return Record(
             self._journal.name(headers.get(b"x-request-id")),
-            arrived_s(scope, self._clock()) - self._settings.network_ms / 1e3,
+            arrived_s - self._settings.network_ms / 1e3,
             scope["method"],
             scope["path"],
             scope.get("scheme", "http"),
             trace_context(scope["headers"]) if b"traceparent" in headers else None,
+            has_waited,
         )
 
     def grpc_server(self) -> "GrpcServer | None":
@@ -276,7 +278,7 @@ class Service:
         body = await exchange.body(self._settings, self._clock, deadline_s, model.engine.refusal, self._room)
         model = self._repository.model()  # another one may have taken its place while the body came
         with model.inside(record):
-            model.engine.check_admission(record.arrived_s, deadline_s)
+            model.engine.check_admission(record.arrived_s, deadline_s, has_waited=record.has_waited)
             content_type = exchange.headers.get(b"content-type", b"").decode("latin-1")
             image_HWC, decode_s = await model.decode(content_type, body, deadline_s, record)
             if stream:

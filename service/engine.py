@@ -304,7 +304,6 @@ class Engine:
         observe_broken: Told, once, why no run will succeed any more; nobody is taken in from then on.
         health: Judges that by the runs that fail.
         reserve: Kept free of every budget for building and writing the answer [s]; learns from every answer.
-        network_s: How much earlier than it was read a request is said to have come, because of its way [s].
         brief_s: A first run of the shallowest column that is predicted to take no longer is not handed over
             to a thread, and waits for no refinement that is in progress there [s].
         keep_warm_s: The shallowest column runs on a blank picture when nothing has run for so long [s]; 0:
@@ -333,7 +332,6 @@ class Engine:
         observe_broken: Callable[[str], None],
         health: Health,
         reserve: Reserve,
-        network_s: float,
         brief_s: float,
         keep_warm_s: float,
         run_timeout_s: float,
@@ -355,7 +353,6 @@ class Engine:
         self._observe_broken = observe_broken
         self._health = health
         self._reserve = reserve
-        self._network_s = network_s
         self._brief_s = brief_s
         self._keep_warm_s = keep_warm_s
         self._run_timeout_s = run_timeout_s
@@ -372,7 +369,7 @@ class Engine:
         self._is_stopping = False
         self._n_changes = 0
         self._is_advance_due = False
-        self._learnt_s = self._rests_since_s = self._caught_up_s = clock()
+        self._learnt_s = self._rests_since_s = clock()
         self._judged = _Judged(-math.inf, 0, 0.0, preempts=False)
         self._watching: Cancellable | None = None
         self._warming: Cancellable | None = None
@@ -403,13 +400,16 @@ class Engine:
         """Learn how long an answer took from being settled to its last byte being written [s]."""
         self._reserve.observe(way_out_s)
 
-    def check_admission(self, arrived_s: float, deadline_s: float, spent_on: Reason = "body") -> None:
+    def check_admission(
+        self, arrived_s: float, deadline_s: float, spent_on: Reason = "body", *, has_waited: bool = False
+    ) -> None:
         """Find out, before anything is spent on a request, whether it would be taken in now.
 
         Args:
             arrived_s: When the request came.
             deadline_s: When its answer must have been written.
             spent_on: What its time went to since it came.
+            has_waited: The event loop was at work for others when it came.
 
         Raises:
             Stopped: the server is stopping.
@@ -423,13 +423,13 @@ class Engine:
             n_unanswered += not (request.columns_run or request.settled.done())
         ready_by_s = deadline_s - self._reserve.of(deadline_s - arrived_s)
         if n_unanswered >= self._max_waiting:
-            self._note_arrival(now_s, arrived_s, ready_by_s)
+            self._traffic.arrived(now_s, ready_by_s - now_s, has_waited=has_waited)
             raise self.refusal(f"{n_unanswered} requests wait for their first answer: retry later.", "load")
         busy_until_s, sooner_s, is_beside = now_s, math.inf, False
         if self._running:
             busy_until_s = self._busy_until_s(now_s)
             sooner_s = now_s + self._profile.preemption_s if self._is_preemptible else math.inf
-            is_beside = self._has_room_beside and not self._queue.unanswered and self._is_prompt(now_s)
+            is_beside = self._has_room_beside and not self._queue.unanswered
         admission = scheduling.admit(
             self._policy,
             ready_by_s,
@@ -444,7 +444,7 @@ class Engine:
         )
         if not admission.is_accepted:
             self._doubt(now_s)
-            self._note_arrival(now_s, arrived_s, ready_by_s)
+            self._traffic.arrived(now_s, ready_by_s - now_s, has_waited=has_waited)
             raise self.refusal(
                 self._why_not_in_time(arrived_s, deadline_s, now_s, admission.needs_s),
                 self._reason(arrived_s, deadline_s, now_s, spent_on),
@@ -455,16 +455,6 @@ class Engine:
             needs_s *= scheduling.CROWDED
         until_s = max(ready_by_s - needs_s, start_s)
         self._judged = _Judged(deadline_s, self._n_changes, until_s, admission.preempts)
-
-    def _note_arrival(self, now_s: float, arrived_s: float, ready_by_s: float) -> None:
-        """Count somebody as traffic, also one who is refused.
-
-        Who came before the loop had caught up with a run has waited for it: with uvloop, what is to be done
-        after a run comes when the loop has asked for who is there. Somebody whose body was long on its way is
-        taken to have waited, too.
-        """
-        has_waited = arrived_s + self._network_s < self._caught_up_s
-        self._traffic.arrived(now_s, ready_by_s - now_s, has_waited=has_waited)
 
     def _why_not_in_time(self, arrived_s: float, deadline_s: float, now_s: float, needs_s: float) -> str:
         """One sentence; retrying is advised only to one whose budget would do on an idle server."""
@@ -514,13 +504,6 @@ class Engine:
     def _is_brief(self, n_images: int) -> bool:
         """Whether the event loop can spare the time for a first run of the shallowest column."""
         return self._profile.latency(self._ladder.shallowest, n_images).median_s <= self._brief_s
-
-    def _is_prompt(self, now_s: float) -> bool:
-        """Whether a newcomer is run at once: to wait for others to join would cost more than it saves."""
-        shallowest = self._ladder.shallowest
-        return self._is_brief(1) and not scheduling.is_scarce(
-            self._profile, shallowest, self._traffic.traffic(now_s)
-        )
 
     @property
     def _in_preemptible_run(self) -> tuple[Request, ...]:
@@ -573,6 +556,7 @@ class Engine:
         arrived_s: float,
         deadline_s: float,
         min_confidence: float | None = None,
+        has_waited: bool = False,
         on_rung: Callable[[Served], None] | None = None,
         is_followed: bool = False,
     ) -> Request:
@@ -583,6 +567,7 @@ class Engine:
             arrived_s: When the request came.
             deadline_s: When its answer must have been written.
             min_confidence: Enough to stop refining.
+            has_waited: As `check_admission`.
             on_rung: Told each answer as it is there, shallow first; must not block.
             is_followed: It is one of several that are submitted in this turn of the event loop.
 
@@ -596,7 +581,7 @@ class Engine:
         now_s = self._clock()
         judged = self._judged
         if judged.deadline_s != deadline_s or judged.n_changes != self._n_changes or now_s > judged.until_s:
-            self.check_admission(arrived_s, deadline_s, spent_on="decode")
+            self.check_admission(arrived_s, deadline_s, "decode", has_waited=has_waited)
         self._make_room()
         request = Request(
             ready_by_s=deadline_s - self._reserve.of(deadline_s - arrived_s),
@@ -609,24 +594,23 @@ class Engine:
             settled=asyncio.get_running_loop().create_future(),
             on_rung=on_rung,
         )
-        self._note_arrival(now_s, arrived_s, request.ready_by_s)
+        self._traffic.arrived(now_s, request.ready_by_s - now_s, has_waited=has_waited)
         self._queue.add(request)
         self._n_changes += 1
         if self._judged.preempts and self._is_preemptible:  # it may have come to be in vain meanwhile
             self._preempt()
-        self._begin(now_s, is_followed=is_followed)
+        self._begin(is_followed=is_followed)
         if not request.settled.done():
             request.timer = self._call_at(request.ready_by_s, partial(self._ready_or_never, request))
         return request
 
-    def _begin(self, now_s: float, *, is_followed: bool) -> None:
-        """Have a newcomer run, now or with those who come with it."""
+    def _begin(self, *, is_followed: bool) -> None:
+        """Have a newcomer run: at once, where to wait for others to join would cost more than it saves."""
         if self._is_advance_due or (self._running and not self._has_room_beside):
             return
-        is_prompt = self._is_prompt(now_s)
-        if is_prompt and not is_followed:
+        if self._is_brief(1) and not is_followed:
             self._call_now(partial(self._advance, is_at_once=True))
-        elif is_prompt or not self._running:
+        else:
             self._advance_soon()
 
     def _advance_soon(self) -> None:
@@ -848,7 +832,6 @@ class Engine:
         self._advance()
 
     def _learn(self, run: _Running, took_s: float) -> None:
-        self._caught_up_s = self._clock()
         ratio = self._profile.observe(run.column, len(run.batch), took_s)
         self._observe_run(run.column, len(run.batch), took_s, ratio)
 

@@ -13,7 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from service import compression
 from service.errors import BodyTimeout, CallerGone, Problem, Reason, Rejected, TooLarge
-from service.protocol import CONNECTION, RECEIVED_S, StampedProtocol
+from service.protocol import CONNECTION, READ, StampedProtocol
 from service.record import Record
 from service.settings import Settings
 
@@ -216,14 +216,13 @@ def farewell(scope: Scope) -> Headers:
     return CLOSE if connection and connection.is_last_answer else ()
 
 
-def arrived_s(scope: Scope, now_s: float) -> float:
-    """When a request came, as far as that can be known.
-
-    It was read when the event loop came round to it. Before, it may have lain in the socket for any part of
-    the loop's turn before that, which is taken to be as long as this one: half of it, as likely as not.
-    """
-    received_s: float = scope.get(RECEIVED_S, now_s)
-    return received_s - (now_s - received_s) / 2
+def arrival(scope: Scope, now_s: float) -> tuple[float, bool]:
+    """When a request came, as far as that can be known [s], and whether the event loop was at work then."""
+    if (read := scope.get(READ)) is None:
+        return now_s, False
+    read_s, turn, place = read
+    waited_s = turn.waited_s(place)
+    return read_s - waited_s, waited_s > 0
 
 
 def problem_document(problem: Problem) -> tuple[int, Headers, bytes]:

@@ -177,7 +177,6 @@ class Model:
                 least_s=self._settings.write_reserve_ms / 1e3,
                 most_s=self._settings.max_overhead_reserve_ms / 1e3,
             ),
-            network_s=self._settings.network_ms / 1e3,
             brief_s=self._settings.brief_run_ms / 1e3 if self.provider == "cpu" else 0.0,
             keep_warm_s=_keep_warm_s(self._settings, self._inference),
             run_timeout_s=self._settings.run_timeout_s,
@@ -254,7 +253,7 @@ class Model:
                 self.engine.leave(request)
 
         with self.inside(record), gone(leave):
-            self.engine.check_admission(record.arrived_s, deadline_s)
+            self.engine.check_admission(record.arrived_s, deadline_s, has_waited=record.has_waited)
             try:
                 # All before the first is run: together they may share a batch, and one may be no picture.
                 decoded = [await self._decoded(picture, deadline_s, record) for picture in pictures]
@@ -313,6 +312,7 @@ class Model:
             arrived_s=record.arrived_s,
             deadline_s=record.arrived_s + asked.budget_s,
             min_confidence=asked.min_confidence,
+            has_waited=record.has_waited,
             on_rung=on_rung,
             is_followed=is_followed,
         )

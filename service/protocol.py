@@ -24,9 +24,11 @@ from uvicorn.protocols.utils import get_remote_addr
 from service.access import client_of
 from service.errors import STOPPING, HeadTimeout, HeadTooLarge, Malformed, Problem
 from service.settings import Settings, SettingsError
+from service.turns import Turns
 
-RECEIVED_S = "anytime.received_s"
-"""Key in the ASGI scope: when the first byte of the request was read [s, time.monotonic]."""
+READ = "anytime.read"
+"""Key in the ASGI scope: when the first byte of the request was read [s, time.monotonic], in which `Turn` of the
+event loop, and at which place."""
 
 CONNECTION = "anytime.connection"
 """Key in the ASGI scope: the `StampedProtocol` that the request came through."""
@@ -156,6 +158,7 @@ class Connections:
         self.watch_s = min(settings.header_timeout_s, settings.keep_alive_s, settings.send_timeout_s)
         self.is_closing = False
         """Every answer is to be the last of its connection."""
+        self.turns = Turns()
         self._entered: set[StampedProtocol] = set()
         self._n_by_client = Counter[str]()
         self._none_left = asyncio.Event()
@@ -350,7 +353,7 @@ class StampedProtocol(HttpToolsProtocol):
         super().on_message_begin()
         now_s = time.monotonic()
         scope: dict[str, Any] = self.scope  # type: ignore[assignment]
-        scope[RECEIVED_S] = now_s
+        scope[READ] = (now_s, *self._all.turns.read(now_s))
         scope[CONNECTION] = self
         self._is_in_head = True
         self._n_head_bytes = self._n_around_bytes = 0

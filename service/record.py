@@ -90,6 +90,7 @@ class Record:
         path: As it was asked for.
         scheme: http or https.
         trace: The trace that its caller says it belongs to.
+        has_waited: The event loop was at work for others when it came.
     """
 
     request_id: str
@@ -98,6 +99,7 @@ class Record:
     path: str = ""
     scheme: str = ""
     trace: TraceContext | None = None
+    has_waited: bool = False
     route: str = ""
     """What was asked for, of a closed set: the path with names left open, or the gRPC method."""
     is_let_in: bool = False

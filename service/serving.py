@@ -27,6 +27,11 @@ logger = logging.getLogger("service")
 BACKLOG = 2048
 """Connections that wait to be accepted; beyond it the system turns callers away."""
 
+N_LISTENERS = 8
+"""How many connections may be accepted in one turn of the event loop: libuv accepts one for each handle that
+listens (libuv #3696), and a loop at work has few turns, so that newcomers would wait for a second. Larger: as
+many system calls in vain whenever somebody connects, of a microsecond each."""
+
 BROKEN = 70
 """Exit status when no run will succeed any more, so that a supervisor starts the server anew.
 Source: sysexits.h, EX_SOFTWARE."""
@@ -75,7 +80,7 @@ class Server(uvicorn.Server):
             self.grpc_port = await self._grpc.start()
         await super().startup(sockets)
         if sockets and self.started:
-            self._say_where(*(listener.getsockname()[1] for listener in sockets))
+            self._say_where(*dict.fromkeys(listener.getsockname()[1] for listener in sockets))
 
     def _say_where(self, port: int, own_port: int | None = None) -> None:
         chosen = self._chosen
@@ -160,7 +165,9 @@ def listen(chosen: Settings) -> list[socket.socket]:
         SettingsError: an address cannot be listened on.
     """
     with contextlib.ExitStack() as opened:
-        sockets = [opened.enter_context(_listen("port", chosen.port, chosen, shares=chosen.shares_port))]
+        first = opened.enter_context(_listen("port", chosen.port, chosen, shares=chosen.shares_port))
+        n_listeners = 1 if sys.platform == "win32" else N_LISTENERS  # there a socket has one handle that waits
+        sockets = [first, *(opened.enter_context(first.dup()) for _ in range(1, n_listeners))]
         if chosen.own_port is not None:
             sockets.append(opened.enter_context(_listen("own_port", chosen.own_port, chosen, shares=False)))
         opened.pop_all()  # all of them or none
