@@ -35,6 +35,10 @@ from service.waiting import Queue, Ticket, TrafficMonitor, ready_by
 
 logger = logging.getLogger(__name__)
 
+LEAST_DOUBT_S = 1e-3
+"""What was learnt so lately is not doubted [s]: with many refused one after the other, to forget a thousandth
+each time would cost a good part of a refusal."""
+
 END_LIMIT_S = 0.5
 """How long stopping waits for a run that has been told to end [s]; what hangs within a node never does."""
 
@@ -481,7 +485,7 @@ class Engine:
 
         Without this, nothing would be run, nothing be learnt any more, and everybody refused for good.
         """
-        if self._running or self._queue:
+        if self._running or self._queue or now_s - self._learnt_s < LEAST_DOUBT_S:
             return
         self._profile.fade(now_s - self._learnt_s)
         self._reserve.fade(1 - math.exp((self._learnt_s - now_s) / self._profile.MEMORY_S))

@@ -27,8 +27,8 @@ from service.settings import Settings, SettingsError
 from service.turns import Turns
 
 READ = "anytime.read"
-"""Key in the ASGI scope: when the first byte of the request was read [s, time.monotonic], in which `Turn` of the
-event loop, and at which place."""
+"""Key in the ASGI scope: when the first byte of the request was read [s, time.monotonic], in which `Turn` of
+the event loop, and at which place."""
 
 CONNECTION = "anytime.connection"
 """Key in the ASGI scope: the `StampedProtocol` that the request came through."""

@@ -472,12 +472,14 @@ def backlog_s(
     ladder: Ladder,
 ) -> float:
     """Predicted time until everyone who waits now has column 1, in the best batches [s from now]."""
-    each_s = profile.best_batch(ladder.shallowest)[0]
+    each_s = profile.best_batch(ladder.shallowest)[0] if waiting.unanswered else 0.0
     return max(0.0, busy_until_s - now_s) + len(waiting.unanswered) * each_s
 
 
 def is_scarce(profile: LatencyProfile, column: str, traffic: Traffic) -> bool:
     """Whether not even this column in its best batches could serve everybody who comes."""
+    if traffic.rate_hz * profile.latency(column, 1).median_s <= SCARCE:
+        return False  # the usual case, and the best batch is found after each run anew
     return traffic.rate_hz * profile.best_batch(column)[0] > SCARCE
 
 

@@ -166,7 +166,9 @@ def listen(chosen: Settings) -> list[socket.socket]:
     """
     with contextlib.ExitStack() as opened:
         first = opened.enter_context(_listen("port", chosen.port, chosen, shares=chosen.shares_port))
-        n_listeners = 1 if sys.platform == "win32" else N_LISTENERS  # there a socket has one handle that waits
+        n_listeners = (
+            1 if sys.platform == "win32" else N_LISTENERS
+        )  # there a socket has one handle that waits
         sockets = [first, *(opened.enter_context(first.dup()) for _ in range(1, n_listeners))]
         if chosen.own_port is not None:
             sockets.append(opened.enter_context(_listen("own_port", chosen.own_port, chosen, shares=False)))

@@ -13,8 +13,8 @@ class Turn:
     """What is read in one turn of the event loop.
 
     Args:
-        length_s: Since the loop had last asked who is there [s]; 0 if it has slept since: what is read then has
-            just come.
+        length_s: Since the loop had last asked who is there [s]; 0 if it has slept since: what is read then
+            has just come.
     """
 
     __slots__ = ("length_s", "n_read")
@@ -36,13 +36,13 @@ class Turns:
     """The turns of the running event loop.
 
     A loop that is at work does not see who comes. It asks the system again and again; only if nobody is there
-    and nothing is to be done, it sleeps until somebody comes. So who is found after a turn without sleep came at
-    some time while the loop was at work.
+    and nothing is to be done, it sleeps until somebody comes. So who is found after a turn without sleep came
+    at some time while the loop was at work.
 
     Args:
-        n_sleeps: How often this thread has slept since it began; 0 where that is not known, and then nobody is
-            taken to have waited.
-        clock: [s].
+        n_sleeps: How often this thread has slept since it began; 0 where that is not known, and then nobody
+            is taken to have waited. Linux tells, of the thread that asks.
+        clock: Monotonic time [s].
     """
 
     def __init__(

@@ -42,7 +42,7 @@ MIN_CHECKED_SHARE = 0.75
 """A server with limits of its own may refuse some if the machine is busy; fewer answers show nothing."""
 OWN_PROCESSES = 2
 """Of this server, sharing a port: as many as the machine has cores, and as the peers whose best is two."""
-OWN_SETTINGS = {"ANYTIME_NETWORK_MS": "0.4"}
+OWN_SETTINGS = {"ANYTIME_NETWORK_MS": "0.2"}
 """Of this server: the clock is the caller's, so that the way there and back counts. Found as theirs are."""
 LOST_AFTER_S = 0.5
 """After the last due time [s]: 10 times the largest usual budget. Larger waits longer for what is late."""

@@ -105,4 +105,5 @@ traffics = st.builds(
     Traffic,
     rate_hz=st.just(0.0) | st.floats(0, 1e4),
     slacks_s=st.lists(st.floats(-0.001, 0.1), max_size=8).map(lambda slacks_s: tuple(sorted(slacks_s))),
+    busy=st.just(0.0) | st.floats(0, 1),
 )

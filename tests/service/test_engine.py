@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from service.engine import Engine, InferenceThread, Request, Served
+from service.engine import LEAST_DOUBT_S, Engine, InferenceThread, Request, Served
 from service.errors import Problem, Rejected, Stopped
 from service.health import Health
 from service.inference import Inference, Preemption
@@ -105,7 +105,6 @@ class Bench:
         keep_warm_s: float = 0.0,
         max_waiting: int = 100,
         jitter: float = 1.0,
-        network_s: float = 0.0,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.now = loop.time
@@ -132,7 +131,6 @@ class Bench:
             observe_broken=self.broken.append,
             health=Health(N_FAILURES),
             reserve=Reserve(RESERVE_S, least_s=1e-4, most_s=5e-3),
-            network_s=network_s,
             brief_s=brief_s,
             keep_warm_s=keep_warm_s,
             run_timeout_s=RUN_TIMEOUT_S,
@@ -446,18 +444,19 @@ def busy(bench: Bench) -> float:
 
 
 @in_virtual_time
-async def test_one_read_before_the_loop_had_caught_up_with_a_run_has_waited_for_it() -> None:
-    bench = Bench(network_s=0.002)
-    first = await bench.begin(1, 0.003)
-    await first.settled
-    ended_s = bench.now()
-    await asyncio.sleep(0.001)  # now the loop has done what is to be done after the run
-    on_its_way_s = bench.now() - 0.002  # read after it had
-    bench.engine.submit(picture(2), arrived_s=on_its_way_s, deadline_s=bench.now() + 0.05)
+async def test_who_found_the_loop_at_work_is_counted_as_such_also_when_refused() -> None:
+    bench = Bench(max_waiting=2)
+    now_s = bench.now()
+    bench.engine.submit(picture(1), arrived_s=now_s, deadline_s=now_s + 0.05)
     assert busy(bench) == 0
-    before_s = ended_s - 0.0001 - 0.002
-    bench.engine.submit(picture(3), arrived_s=before_s, deadline_s=bench.now() + 0.05)
-    assert busy(bench) == pytest.approx(1 / 3, abs=0.01)
+    bench.engine.submit(picture(2), arrived_s=now_s, deadline_s=now_s + 0.05, has_waited=True)
+    assert busy(bench) == pytest.approx(1 / 2)
+    with pytest.raises(Rejected, match="wait for their first answer"):
+        bench.engine.submit(picture(3), arrived_s=now_s, deadline_s=now_s + 0.05, has_waited=True)
+    assert busy(bench) == pytest.approx(2 / 3)
+    with pytest.raises(Rejected):
+        bench.engine.check_admission(now_s, now_s + 0.0001, has_waited=True)
+    assert busy(bench) == pytest.approx(3 / 4)
 
 
 @in_virtual_time
@@ -858,15 +857,27 @@ async def test_those_who_share_runs_are_not_run_one_by_one() -> None:
 
 
 @in_virtual_time
-async def test_when_time_is_scarce_those_of_one_turn_share_a_run_though_it_is_brief() -> None:
+async def test_a_brief_run_begins_at_once_also_when_time_is_scarce() -> None:
     bench = Bench(brief_s=0.002)
     for identity in range(900):
         with pytest.raises(Rejected):
             bench.submit(identity % 100, 0.0002)
-    together = [bench.submit(i, 0.020) for i in range(4)]
-    assert not bench.processor.runs
-    await asyncio.gather(*(one.settled for one in together))
-    assert bench.processor.runs[0][2] == (0, 1, 2, 3)
+    for identity in range(4):
+        bench.submit(identity, 0.020)
+    assert [batch for _, column, batch in bench.processor.runs if column == "1"] == [(0,), (1,), (2,), (3,)]
+
+
+@in_virtual_time
+async def test_what_was_learnt_so_lately_is_not_doubted() -> None:
+    bench = Bench()
+    await bench.submit(1, 0.050, min_confidence=0.0).settled
+    bench.profile.observe("1", 1, 0.5)
+    slowdown = bench.profile.slowdown
+    for pause_s, is_less in ((LEAST_DOUBT_S / 2, False), (LEAST_DOUBT_S, True)):
+        await asyncio.sleep(pause_s)
+        with pytest.raises(Rejected):
+            bench.submit(2, 0.0002)
+        assert (bench.profile.slowdown < slowdown) == is_less
 
 
 @in_virtual_time

@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from service.exchange import arrival
+from service.protocol import READ
+from service.turns import Turn
 from tests.service import toy_artifact
 from tests.service.conftest import Launcher, Running
 
@@ -91,3 +94,15 @@ def test_bodies_share_their_memory_and_give_it_back(launch: Launcher) -> None:
     caller.join()
     assert statuses == [200]
     assert server.client.post(URL, content=PIXELS, headers=RAW).status_code == 200
+
+
+def test_a_request_came_before_it_was_read_if_it_has_lain_in_its_socket() -> None:
+    turn, sleep = Turn(0.004), Turn(0.0)
+    turn.n_read = sleep.n_read = 2
+    assert arrival({READ: (10.0, turn, 0)}, 11.0) == (pytest.approx(9.997), True)
+    assert arrival({READ: (10.0, turn, 1)}, 11.0) == (pytest.approx(9.999), True)
+    assert arrival({READ: (10.0, sleep, 1)}, 11.0) == (10.0, False)
+
+
+def test_where_it_is_not_told_when_a_request_was_read_it_comes_when_it_is_served() -> None:
+    assert arrival({}, 11.0) == (11.0, False)

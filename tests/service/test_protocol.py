@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.protocol import (
     CONNECTION,
-    RECEIVED_S,
+    READ,
     Connections,
     StampedProtocol,
     _JoiningTransport,
@@ -95,7 +95,7 @@ def test_the_scope_says_when_a_request_came(keeper: tuple[Keeper, int]) -> None:
     app, port = keeper
     before_s = time.monotonic()
     assert httpx.get(f"http://127.0.0.1:{port}/answered", trust_env=False).status_code == 204
-    assert before_s <= app.scopes[0][RECEIVED_S] <= time.monotonic()
+    assert before_s <= app.scopes[0][READ][0] <= time.monotonic()
 
 
 def test_who_asked_is_told_that_the_connection_is_lost(keeper: tuple[Keeper, int]) -> None:

@@ -1,5 +1,6 @@
 """How a server stops: nobody's request is lost, and it ends in time whatever hangs."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -19,11 +20,14 @@ import grpc
 import numpy as np
 import onnx
 import pytest
+import uvloop
 from onnx import TensorProto, helper, numpy_helper
 
 from service import oip_pb2 as pb
 from service.access import new_key
 from service.protocol import turn_away
+from service.serving import N_LISTENERS, listen
+from service.settings import Settings
 from tests.callers import Callers
 from tests.service import toy_artifact
 from tests.service.conftest import BlockedSession, Launcher, Running
@@ -368,6 +372,36 @@ def test_an_own_port_that_is_taken_is_said_and_nothing_is_left_open(
         process = start(artifact, "--grpc-port=", f"--own-port={taken.getsockname()[1]}")
         assert process.status() == 2
     assert "choose another with ANYTIME_HOST and ANYTIME_OWN_PORT" in process.said
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="one handle waits for a socket there")
+def test_all_who_connect_while_the_loop_was_at_work_are_accepted_in_one_turn() -> None:
+    """Libuv accepts one for each handle that listens."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        made: list[asyncio.BaseTransport] = []
+
+        class Accepted(asyncio.Protocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                made.append(transport)
+
+        listeners = listen(Settings(host="127.0.0.1", port=0))
+        with contextlib.ExitStack() as opened:
+            for listener in listeners:
+                opened.callback((await loop.create_server(Accepted, sock=listener)).close)
+            address = listeners[0].getsockname()
+            for _ in range(N_LISTENERS):
+                opened.enter_context(socket.create_connection(address))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            n_made = len(made)
+            for transport in made:
+                transport.abort()  # type: ignore[attr-defined]
+        assert n_made == N_LISTENERS
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
 
 
 def endless(folder: Path) -> Path:
