@@ -77,11 +77,10 @@ class Turns:
     def _end(self) -> None:
         """All is read. What is to be done now is begun, and then the loop asks again."""
         self._turn = None
-        asyncio.get_running_loop().call_soon(self._ask_again)
+        asyncio.get_running_loop().call_soon(self._have_asked)
 
-    def _ask_again(self) -> None:
-        if self._turn is None:  # else somebody was there
-            self._asked_s = self._clock()
+    def _have_asked(self) -> None:
+        self._asked_s = self._clock()
 
 
 def _sleeps_of_this_thread() -> Callable[[], int]:
