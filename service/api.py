@@ -51,6 +51,7 @@ from service.oip_http import EXCHANGE, RAW, OpenInference, error_document, infer
 from service.record import Answer, Journal, Record, current, trace_context
 from service.repository import Repository
 from service.settings import Settings, SettingsError
+from service.turns import Turns
 
 if TYPE_CHECKING:
     from service.oip_grpc import GrpcServer
@@ -170,14 +171,18 @@ class Service:
             has_waited,
         )
 
-    def grpc_server(self) -> "GrpcServer | None":
-        """What answers over gRPC beside this application; None if the setting `grpc_port` is empty."""
+    def grpc_server(self, turns: Turns) -> "GrpcServer | None":
+        """What answers over gRPC beside this application; None if the setting `grpc_port` is empty.
+
+        Args:
+            turns: Of the event loop that both are served in.
+        """
         if self._settings.grpc_port is None:
             return None
         from service.oip_grpc import GrpcServer  # noqa: PLC0415 - see there what importing it costs
 
         return GrpcServer(
-            self._settings, self._repository, self._access, self._room, self._journal, self._clock
+            self._settings, self._repository, self._access, self._room, self._journal, turns, self._clock
         )
 
     @property

@@ -40,6 +40,7 @@ from service.models import Model
 from service.record import Answer, Journal, Record, current, together, trace_context
 from service.repository import Repository
 from service.settings import Settings, SettingsError
+from service.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ class GrpcServer:
         access: Lets callers in; the HTTP server's, so that a client has one rate.
         room: For the bodies of all open requests; the HTTP server's, too.
         journal: Takes down how requests ended; the HTTP server's, too.
+        turns: Of the event loop; the HTTP server's, too, whose callers wait for ours.
         clock: Monotonic time [s].
     """
 
@@ -113,10 +115,11 @@ class GrpcServer:
         access: Access,
         room: Room,
         journal: Journal,
+        turns: Turns,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
-        self._calls = _Calls(settings, repository, access, room, journal, clock)
+        self._calls = _Calls(settings, repository, access, room, journal, turns, clock)
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> int:
@@ -175,6 +178,7 @@ class _Calls(grpc.GenericRpcHandler):
         access: Access,
         room: Room,
         journal: Journal,
+        turns: Turns,
         clock: Callable[[], float],
     ) -> None:
         self._settings = settings
@@ -182,6 +186,7 @@ class _Calls(grpc.GenericRpcHandler):
         self._access = access
         self._room = room
         self._journal = journal
+        self._turns = turns
         self._clock = clock
         self._n_open = 0
         self.has_been_called = False
@@ -202,7 +207,8 @@ class _Calls(grpc.GenericRpcHandler):
         self, handler_call_details: grpc.HandlerCallDetails
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
         """Have a call served that has just come; None if there is no such method."""
-        arrived_s = self._clock() - self._settings.network_ms / 1e3
+        now_s = self._clock()
+        self._turns.read(now_s)  # by gRPC's core, some time before: of this call itself nothing is known
         method = handler_call_details.method
         self.has_been_called = True
         call = self._by_method.get(method)
@@ -212,7 +218,7 @@ class _Calls(grpc.GenericRpcHandler):
         by_name = dict(headers)
         record = Record(
             self._journal.name(by_name.get(b"x-request-id")),
-            arrived_s,
+            now_s - self._settings.network_ms / 1e3,
             trace=trace_context(headers) if b"traceparent" in by_name else None,
             route=method.removeprefix("/"),
         )

@@ -37,7 +37,7 @@ HOPE = 0.4
 """Share of the predicted time that must be left for a first answer to be tried for, while time is not scarce,
 unless the operator says otherwise: whoever is predicted to be late by less is in time often enough."""
 
-REFINE_BELOW = 0.5
+REFINE_BELOW = 0.3
 """Answers are refined while no larger share than this of those who come find the event loop at work for
 others (`Traffic.busy`), unless the operator says otherwise. A refinement costs more than its run: the loop
 plans it and takes it in, and on a processor it takes caches and cores from those who read and answer."""

@@ -66,7 +66,7 @@ class Server(uvicorn.Server):
         super().__init__(_config(app, self._connections))
         self._chosen = chosen
         self._app = app
-        self._grpc = app.grpc_server()
+        self._grpc = app.grpc_server(self._connections.turns)
         self.grpc_port: int | None = None
         """Where gRPC is listened for, as long as it is."""
 

@@ -12,7 +12,8 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import grpc
 import numpy as np
@@ -28,9 +29,10 @@ from service.access import Access, new_key
 from service.errors import Problem
 from service.exchange import Room
 from service.inference import Inference
-from service.oip_grpc import CODES, GrpcServer, _address
+from service.oip_grpc import CODES, GrpcServer, _address, _Calls
 from service.record import Journal
 from service.settings import Settings, SettingsError
+from service.turns import Turns
 from tests.service import toy_artifact
 from tests.service.conftest import (
     BATCH_SIZES,
@@ -604,11 +606,21 @@ def test_stopping_settles_everyone(
 def test_a_taken_port_is_one_sentence(server: Running) -> None:
     chosen = Settings(_env_file=None, profile_cache=None, grpc_port=server.grpc_port)
     grpc_server = GrpcServer(
-        chosen, server.repository, Access(chosen), Room(1), Journal(server.repository.metrics)
+        chosen, server.repository, Access(chosen), Room(1), Journal(server.repository.metrics), Turns()
     )
 
     with pytest.raises(SettingsError, match="ANYTIME_GRPC_PORT"):
         asyncio.run(grpc_server.start())
+
+
+def test_the_event_loop_s_turns_are_told_of_a_call(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, turns, noted_s = Settings(_env_file=None, profile_cache=None), Turns(), list[float]()
+    monkeypatch.setattr(turns, "read", noted_s.append)
+    journal = Journal(server.repository.metrics)
+    calls = _Calls(chosen, server.repository, Access(chosen), Room(1), journal, turns, lambda: 5.0)
+    details = SimpleNamespace(method="unknown", invocation_metadata=())
+    assert calls.service(cast("grpc.HandlerCallDetails", details)) is None
+    assert noted_s == [5.0]
 
 
 def test_without_grpc_nothing_of_it_is_imported() -> None:
@@ -645,7 +657,7 @@ def test_an_encrypted_key_is_refused_with_a_sentence(server: Running, tmp_path: 
         tls_key_password=SecretStr("secret"),
     )
     grpc_server = GrpcServer(
-        chosen, server.repository, Access(chosen), Room(1), Journal(server.repository.metrics)
+        chosen, server.repository, Access(chosen), Room(1), Journal(server.repository.metrics), Turns()
     )
 
     with pytest.raises(SettingsError, match="cannot open an encrypted key"):

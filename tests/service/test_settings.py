@@ -62,7 +62,7 @@ def test_names_and_defaults_are_frozen() -> None:
         "max_budget_ms": 10_000.0,
         "policy": "anytime",
         "answer_worth": 4.0,
-        "refine_below": 0.5,
+        "refine_below": 0.3,
         "hope": 0.4,
         "network_ms": 0.0,
         "overhead_reserve_ms": 0.4,
