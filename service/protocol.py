@@ -332,6 +332,7 @@ class StampedProtocol(HttpToolsProtocol):
             return
         if self._is_deaf:
             return
+        self._all.turns.begin(time.monotonic())
         self._n_around_bytes += len(data)
         try:
             self.parser.feed_data(data)
@@ -353,7 +354,7 @@ class StampedProtocol(HttpToolsProtocol):
         super().on_message_begin()
         now_s = time.monotonic()
         scope: dict[str, Any] = self.scope  # type: ignore[assignment]
-        scope[READ] = (now_s, *self._all.turns.read(now_s))
+        scope[READ] = (now_s, *self._all.turns.take_place())
         scope[CONNECTION] = self
         self._is_in_head = True
         self._n_head_bytes = self._n_around_bytes = 0

@@ -159,16 +159,15 @@ async def _stop_listening(
 
 
 def listen(chosen: Settings) -> list[socket.socket]:
-    """Open the listening sockets: that of `port`, and if there is one that of `own_port`.
+    """Open the listening sockets: all handles of that of `port`, and if there is one that of `own_port`.
 
     Raises:
         SettingsError: an address cannot be listened on.
     """
     with contextlib.ExitStack() as opened:
         first = opened.enter_context(_listen("port", chosen.port, chosen, shares=chosen.shares_port))
-        n_listeners = (
-            1 if sys.platform == "win32" else N_LISTENERS
-        )  # there a socket has one handle that waits
+        # Windows' completion ports take a socket once.
+        n_listeners = 1 if sys.platform == "win32" else N_LISTENERS
         sockets = [first, *(opened.enter_context(first.dup()) for _ in range(1, n_listeners))]
         if chosen.own_port is not None:
             sockets.append(opened.enter_context(_listen("own_port", chosen.own_port, chosen, shares=False)))

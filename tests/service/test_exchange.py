@@ -9,7 +9,7 @@ import pytest
 
 from service.exchange import arrival
 from service.protocol import READ
-from service.turns import Turn
+from service.turns import LEAST_WAIT_S, Turn
 from tests.service import toy_artifact
 from tests.service.conftest import Launcher, Running
 
@@ -97,13 +97,15 @@ def test_bodies_share_their_memory_and_give_it_back(launch: Launcher) -> None:
 
 
 def test_a_request_came_before_it_was_read_if_it_has_lain_in_its_socket() -> None:
-    turn, sleep = Turn(0.004), Turn(0.0)
+    turn, sleep, brief = Turn(0.004), Turn(0.0), Turn(1.9 * LEAST_WAIT_S)
     turn.n_read = sleep.n_read = 2
+    brief.n_read = 1
     for place, came_s in enumerate((9.997, 9.999)):
         arrived_s, has_waited = arrival({READ: (10.0, turn, place)}, 11.0)
         assert arrived_s == pytest.approx(came_s)
         assert has_waited
     assert arrival({READ: (10.0, sleep, 1)}, 11.0) == (10.0, False)
+    assert not arrival({READ: (10.0, brief, 0)}, 11.0)[1]
 
 
 def test_where_it_is_not_told_when_a_request_was_read_it_comes_when_it_is_served() -> None:

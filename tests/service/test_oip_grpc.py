@@ -615,7 +615,12 @@ def test_a_taken_port_is_one_sentence(server: Running) -> None:
 
 def test_the_event_loop_s_turns_are_told_of_a_call(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen, turns, noted_s = Settings(_env_file=None, profile_cache=None), Turns(), list[float]()
-    monkeypatch.setattr(turns, "read", noted_s.append)
+
+    def mark(now_s: float) -> float:
+        noted_s.append(now_s)
+        return 0.0
+
+    monkeypatch.setattr(turns, "mark", mark)
     journal = Journal(server.repository.metrics)
     calls = _Calls(chosen, server.repository, Access(chosen), Room(1), journal, turns, lambda: 5.0)
     details = SimpleNamespace(method="unknown", invocation_metadata=())

@@ -14,6 +14,8 @@ from PIL import Image
 
 from service.access import new_key
 from service.inference import Inference
+from service.turns import Turn, Turns
+from service.waiting import TrafficMonitor
 from tests.service import toy_artifact
 from tests.service.conftest import BATCH_SIZES, BlockedSession, Launcher, Running
 
@@ -222,3 +224,24 @@ def test_a_change_of_a_myriad_of_values_is_refused(server: Running) -> None:
 def test_it_is_documented(server: Running) -> None:
     paths = server.client.get("/openapi.json").json()["paths"]
     assert {"/v2", "/v2/health/ready", "/v2/models/{name}/infer", "/v2/repository/index"} <= paths.keys()
+
+
+@pytest.mark.parametrize(("budget_ms", "status"), [(5000, 200), (1, 429)])
+@pytest.mark.parametrize("url", ["/predict", INFER])
+def test_who_found_the_loop_at_work_is_counted_as_such(
+    server: Running, monkeypatch: pytest.MonkeyPatch, url: str, budget_ms: float, status: int
+) -> None:
+    """Whoever answers, and whether there is an answer or none in time."""
+    turn, counted = Turn(0.004), list[bool]()
+    turn.n_read = 1
+    monkeypatch.setattr(Turns, "take_place", lambda _: (turn, 0))
+    monkeypatch.setattr(TrafficMonitor, "arrived", lambda *_, has_waited=False: counted.append(has_waited))
+    if url == INFER:
+        response = server.client.post(url, json=asking() | {"parameters": {"budget_ms": budget_ms}})
+    else:
+        headers = {"content-type": "application/octet-stream"}
+        response = server.client.post(
+            f"{url}?budget_ms={budget_ms}", content=PIXELS.tobytes(), headers=headers
+        )
+    assert response.status_code == status
+    assert counted == [True]

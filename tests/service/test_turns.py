@@ -25,7 +25,11 @@ class Bench:
         self._turns = Turns(lambda: self.n_sleeps, loop.time)
 
     def read(self) -> tuple[Turn, int]:
-        return self._turns.read(self.loop.time())
+        self._turns.begin(self.loop.time())
+        return self._turns.take_place()
+
+    def mark(self) -> float:
+        return self._turns.mark(self.loop.time())
 
     def waited_s(self) -> float:
         turn, place = self.read()
@@ -81,6 +85,36 @@ def test_a_loop_that_has_asked_and_found_nobody_begins_a_turn_with_that() -> Non
     run_in_virtual_time(main)
 
 
+def test_a_turn_begins_with_its_first_reading_and_not_when_all_is_read() -> None:
+    async def main() -> None:
+        bench = Bench()
+        bench.read()
+        await asyncio.sleep(0)
+        bench.read()
+        bench.loop.work(0.002)
+        await asyncio.sleep(0)
+        bench.loop.work(0.005)
+        assert bench.waited_s() == pytest.approx(0.0035)
+
+    run_in_virtual_time(main)
+
+
+def test_what_the_loop_does_beside_reading_begins_a_turn_as_well() -> None:
+    async def main() -> None:
+        bench = Bench()
+        bench.mark()
+        bench.loop.work(0.004)
+        assert bench.mark() == pytest.approx(0.004)
+        bench.loop.work(0.002)
+        assert bench.waited_s() == pytest.approx(0.001)
+        bench.loop.work(0.001)
+        assert bench.mark() == pytest.approx(0.001)  # and what is being read keeps its turn
+        bench.loop.work(0.001)
+        assert bench.mark() == pytest.approx(0.002)
+
+    run_in_virtual_time(main)
+
+
 def test_nobody_is_taken_to_have_waited_where_sleeps_are_not_told() -> None:
     async def main() -> None:
         bench = Bench(n_sleeps=0)
@@ -101,7 +135,8 @@ def test_a_loop_at_work_is_told_from_one_that_sleeps() -> None:
 
         class Reading(asyncio.Protocol):
             def data_received(self, _: bytes) -> None:
-                reads.append(turns.read(time.monotonic()))
+                turns.begin(time.monotonic())
+                reads.append(turns.take_place())
                 is_read.set()
 
         pairs = [socket.socketpair() for _ in range(2)]
