@@ -35,6 +35,7 @@ SKELETON = {
         *("protocol", "access", "repository", "models", "profiling", "engine"),
         *("logs", "tracing", "record"),
         *("inference", "providers", "metrics", "errors", "health", "settings", "decoding", "gpu", "series"),
+        "turns",
         *("policies", "scheduling", "waiting", "containers", "wire", "ladder", "latency"),
     ),
 }

@@ -14,6 +14,7 @@ from PIL import Image
 
 from service.access import new_key
 from service.inference import Inference
+from service.scheduling import Admission
 from service.turns import Turn, Turns
 from service.waiting import TrafficMonitor
 from tests.service import toy_artifact
@@ -226,22 +227,23 @@ def test_it_is_documented(server: Running) -> None:
     assert {"/v2", "/v2/health/ready", "/v2/models/{name}/infer", "/v2/repository/index"} <= paths.keys()
 
 
-@pytest.mark.parametrize(("budget_ms", "status"), [(5000, 200), (1, 429)])
+@pytest.mark.parametrize("status", [200, 429])
 @pytest.mark.parametrize("url", ["/predict", INFER])
 def test_who_found_the_loop_at_work_is_counted_as_such(
-    server: Running, monkeypatch: pytest.MonkeyPatch, url: str, budget_ms: float, status: int
+    server: Running, monkeypatch: pytest.MonkeyPatch, url: str, status: int
 ) -> None:
     """Whoever answers, and whether there is an answer or none in time."""
     turn, counted = Turn(0.004), list[bool]()
     turn.n_read = 1
     monkeypatch.setattr(Turns, "take_place", lambda _: (turn, 0))
     monkeypatch.setattr(TrafficMonitor, "arrived", lambda *_, has_waited=False: counted.append(has_waited))
+    if status == 429:
+        refused = Admission(is_accepted=False, needs_s=1.0)
+        monkeypatch.setattr(server.repository.model().engine._policy, "admit", lambda *_: refused)
     if url == INFER:
-        response = server.client.post(url, json=asking() | {"parameters": {"budget_ms": budget_ms}})
+        response = server.client.post(url, json=asking())
     else:
         headers = {"content-type": "application/octet-stream"}
-        response = server.client.post(
-            f"{url}?budget_ms={budget_ms}", content=PIXELS.tobytes(), headers=headers
-        )
+        response = server.client.post(f"{url}?budget_ms=5000", content=PIXELS.tobytes(), headers=headers)
     assert response.status_code == status
     assert counted == [True]
