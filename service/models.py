@@ -332,7 +332,7 @@ class Model:
         assert served.probabilities_K is not None  # noqa: S101 - for the type checker: an answer has them
         labels = self.manifest.labels
         probabilities: list[float] = served.probabilities_K.tolist()
-        order = heapq.nlargest(asked.top_k, range(len(probabilities)), probabilities.__getitem__)
+        order = heapq.nlargest(asked.top_k, range(len(probabilities)), key=probabilities.__getitem__)
         top = [{"label": labels[i], "index": i, "probability": probabilities[i]} for i in order]
         return {
             "model": self.name,
