@@ -123,7 +123,7 @@ class Traffic:
         slacks_s: Time that a sample of them had left when they were taken in [s], ascending.
         busy: Share of them for whom what reads and answers had no time when they came. Of arrivals that know
             nothing of each other it is the share of the time in which it is at work; a caller who comes again
-            when the answer is there never waits, however often.
+            when the answer is there hardly ever waits, however often.
     """
 
     rate_hz: float = 0.0
