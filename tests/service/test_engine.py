@@ -602,6 +602,16 @@ async def test_stopping_does_not_wait_for_a_run_that_hangs() -> None:
 
 
 @in_virtual_time
+async def test_stopping_ends_a_run_that_hangs_where_it_can_be_ended() -> None:
+    bench = Bench(duration_s=lambda *_: 1e6, profile=Still(PROFILE, 0.95, preemption_s=PREEMPTION_S))
+    request = await bench.begin(1, 0.050)
+    await bench.engine.stop(2.0)
+    assert request.settled.result().outcome == "stopped"
+    assert bench.now() == pytest.approx(2.0 + PREEMPTION_S)
+    assert not bench.engine.is_running
+
+
+@in_virtual_time
 async def test_stopping_an_idle_engine_is_immediate() -> None:
     bench = Bench()
     await bench.engine.stop(5.0)
