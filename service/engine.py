@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
 from queue import SimpleQueue
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,11 @@ each time would cost a good part of a refusal."""
 END_LIMIT_S = 0.5
 """How long stopping waits for a run that has been told to end [s]; what hangs within a node never does."""
 
+GATHERING_STEP = 0.1
+"""Part of what is known of how long brief runs are waited for that one of them replaces."""
+
+Begins = Literal["any", "brief", "nothing"]
+"""What may begin."""
 
 Result = TypeVar("Result")
 _Work = tuple[asyncio.AbstractEventLoop, Callable[[], Any], "asyncio.Future[Any]"]
@@ -368,6 +373,7 @@ class Engine:
         self._preempted_s: float | None = None
         self._beside_until_s = -math.inf
         self._n_runs = 0
+        self._gathering_s = 0.0  # how long brief runs have been waited for lately, by those in them
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_stopping = False
@@ -430,6 +436,8 @@ class Engine:
             self._traffic.arrived(now_s, ready_by_s - now_s, has_waited=has_waited)
             raise self.refusal(f"{n_unanswered} requests wait for their first answer: retry later.", "load")
         busy_until_s, sooner_s, is_beside = now_s, math.inf, False
+        if self._gathers(now_s):
+            busy_until_s += self._gathering_s
         if self._running:
             busy_until_s = self._busy_until_s(now_s)
             sooner_s = now_s + self._profile.preemption_s if self._is_preemptible else math.inf
@@ -487,8 +495,10 @@ class Engine:
         """
         if self._running or self._queue or now_s - self._learnt_s < LEAST_DOUBT_S:
             return
+        keep = math.exp((self._learnt_s - now_s) / self._profile.MEMORY_S)
         self._profile.fade(now_s - self._learnt_s)
-        self._reserve.fade(1 - math.exp((self._learnt_s - now_s) / self._profile.MEMORY_S))
+        self._reserve.fade(1 - keep)
+        self._gathering_s *= keep
         self._learnt_s = now_s
 
     def _in_run(self) -> tuple[Request, ...]:
@@ -612,8 +622,8 @@ class Engine:
         """Have a newcomer run: at once, where to wait for others to join would cost more than it saves."""
         if self._is_advance_due or (self._running and not self._has_room_beside):
             return
-        if self._is_brief(1) and not is_followed:
-            self._call_now(partial(self._advance, is_at_once=True))
+        if self._is_brief(1) and not (is_followed or self._gathers(self._clock())):
+            self._call_now(partial(self._advance, "brief"))
         else:
             self._advance_soon()
 
@@ -659,11 +669,11 @@ class Engine:
                     await asyncio.wait_for(self._idle.wait(), END_LIMIT_S)
         self._idle.set()  # whoever stops this once more need not wait once more
 
-    def _advance(self, *, is_at_once: bool = False) -> None:
+    def _advance(self, begins: Begins = "any") -> None:
         """Settle who is done and start the next run, if there is room for one.
 
         Args:
-            is_at_once: Somebody has just come in, and only a brief run for them may begin now.
+            begins: What may begin now; anything else begins when the event loop has done what is due.
         """
         if self._is_stopping:
             for request in tuple(self._queue):
@@ -696,19 +706,34 @@ class Engine:
                 self._settle(request, "answered", reason)
         if plan.column is None:
             return
-        # With others waiting, the thread runs them while the event loop reads and answers. So it does with
-        # refinements, which somebody may come and preempt.
-        is_brief = (
-            plan.column == self._ladder.shallowest
-            and len(plan.batch) == len(self._queue.unanswered)
-            and self._is_brief(len(plan.batch))
-        )
-        if is_at_once and not is_brief:
+        # With others waiting, the thread runs them while the event loop reads and answers, unless the loop is
+        # busy: then they would only take turns. So it does with refinements, which somebody may come and
+        # preempt.
+        batch = plan.batch
+        is_first, is_brief = not batch[0].columns_run, False
+        if is_first and plan.column == self._ladder.shallowest:
+            gathers = self._gathers(now_s)
+            if gathers:
+                batch = batch[: self._most_brief(len(batch))]
+            is_all = gathers or len(batch) == len(self._queue.unanswered)
+            is_brief = is_all and self._is_brief(len(batch))
+        if begins == "nothing" or (begins == "brief" and not is_brief):
             self._advance_soon()
         elif is_brief or not self._running:
-            self._start(plan.column, plan.batch, now_s, is_brief=is_brief)
-        elif not plan.batch[0].columns_run and self._is_preemptible:
+            self._start(plan.column, batch, now_s, is_brief=is_brief)
+        elif is_first and self._is_preemptible:
             self._preempt()  # it was to be brief when they were let in
+
+    def _gathers(self, now_s: float) -> bool:
+        """Whether a brief first run is for all who are here already, instead of for each who comes."""
+        return self._traffic.traffic(now_s).busy > scheduling.GATHER_ABOVE
+
+    def _most_brief(self, n_images: int) -> int:
+        """How many of so many one brief run can be for; all of them where no run is brief."""
+        if self._is_brief(n_images):
+            return n_images
+        smaller = [size for size in self._profile.batch_sizes if size < n_images and self._is_brief(size)]
+        return max(smaller, default=n_images)
 
     def _start(
         self, column: str, batch: tuple[Request, ...], now_s: float, *, is_brief: bool = False
@@ -721,6 +746,8 @@ class Engine:
         run = _Running(self._n_runs, column, batch, predicted.median_s, now_s, now_s + predicted.likely_s)
         images_HWC = [request.image_HWC for request in batch]
         if is_brief:
+            waited_s = now_s - batch[0].entered_s
+            self._gathering_s += GATHERING_STEP * (waited_s - self._gathering_s)
             self._settle_those_due(run.busy_until_s)
             self._finish(run, self._processor.start(column, images_HWC, is_brief=True))
             return
@@ -777,7 +804,8 @@ class Engine:
         """Take in the end of a run, good or bad, and go on."""
         now_s = self._clock()
         elapsed_s = took_s = now_s - run.started_s
-        if run is self._running:
+        is_brief = run is not self._running
+        if not is_brief:
             self._running = None
             self._idle.set()
             ended_s = now_s
@@ -833,7 +861,8 @@ class Engine:
                 self._break(why)
         finally:
             del done  # an error holds this frame, and it would hold the error
-        self._advance()
+        # Who has just been answered is not to wait for another brief run.
+        self._advance("nothing" if is_brief and self._queue.unanswered else "any")
 
     def _learn(self, run: _Running, took_s: float) -> None:
         ratio = self._profile.observe(run.column, len(run.batch), took_s)

@@ -24,7 +24,15 @@ from service.policies import POLICY_NAMES, PolicyName, named
 from service.providers import DeviceLost
 from service.scheduling import HOPE, Admission, Anytime, Plan, Policy
 from service.waiting import NO_TRAFFIC, Queue, TicketT, Traffic
-from tests.fakes import ACCURACY, PREEMPTION_S, Behaviour, FakeProcessor, picture, run_in_virtual_time
+from tests.fakes import (
+    ACCURACY,
+    PREEMPTION_S,
+    Behaviour,
+    FakeProcessor,
+    VirtualLoop,
+    picture,
+    run_in_virtual_time,
+)
 from tests.service import toy_artifact
 from tests.service.conftest import BlockedSession
 
@@ -875,6 +883,65 @@ async def test_a_brief_run_begins_at_once_also_when_time_is_scarce() -> None:
     for identity in range(4):
         bench.submit(identity, 0.020)
     assert [batch for _, column, batch in bench.processor.runs if column == "1"] == [(0,), (1,), (2,), (3,)]
+
+
+def crowded(brief_s: float) -> Bench:
+    """Nearly everybody has found the event loop at work."""
+    bench = Bench(brief_s=brief_s)
+    for _ in range(40):
+        with pytest.raises(Rejected):
+            bench.engine.check_admission(bench.now(), bench.now() + 0.0001, has_waited=True)
+    return bench
+
+
+def submit_having_waited(bench: Bench, identity: int, budget_s: float = 0.050) -> Request:
+    return bench.engine.submit(
+        picture(identity), arrived_s=bench.now(), deadline_s=bench.now() + budget_s, has_waited=True
+    )
+
+
+@in_virtual_time
+async def test_while_the_loop_is_busy_those_who_are_here_share_brief_runs_and_are_answered_between() -> None:
+    bench = crowded(brief_s=0.0015)
+    requests = [submit_having_waited(bench, identity) for identity in (1, 2, 3)]
+    assert not bench.processor.runs
+    await requests[0].settled
+    assert [batch for *_, batch in bench.processor.runs] == [(1, 2)]  # one for three would not be brief
+    await requests[2].settled
+    assert [batch for *_, batch in bench.processor.runs] == [(1, 2), (3,)]
+    assert bench.processor.n_brief == 2
+
+
+@in_virtual_time
+async def test_where_no_run_is_brief_a_busy_loop_makes_no_batch_smaller() -> None:
+    bench = crowded(brief_s=0.0)
+    requests = [submit_having_waited(bench, identity) for identity in (1, 2, 3)]
+    await requests[0].settled
+    assert [batch for *_, batch in bench.processor.runs] == [(1, 2, 3)]
+    assert bench.processor.n_brief == 0
+
+
+@in_virtual_time
+async def test_while_the_loop_is_busy_whoever_comes_is_told_of_the_wait_for_others_until_it_is_past() -> None:
+    bench = crowded(brief_s=0.0015)
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    budget_s = RESERVE_S + COST_S["1"] + 0.0003
+    bench.engine.check_admission(bench.now(), bench.now() + budget_s)
+    first = submit_having_waited(bench, 1)
+    loop.work(0.004)  # for others
+    await first.settled
+    n_refused = 0
+    while n_refused < 10:
+        try:
+            bench.engine.check_admission(bench.now(), bench.now() + budget_s, has_waited=True)
+        except Rejected:
+            n_refused += 1
+            await asyncio.sleep(0.05)
+        else:
+            break
+    assert 1 <= n_refused < 4
+    assert busy(bench) > 0.7
 
 
 @in_virtual_time
