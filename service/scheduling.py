@@ -43,9 +43,9 @@ others (`Traffic.busy`), unless the operator says otherwise. A refinement costs 
 plans it and takes it in, and on a processor it takes caches and cores from those who read and answer."""
 
 GATHER_ABOVE = 0.7
-"""Where more of those who come than this share find the event loop at work for others, brief first runs are for
-all who are here already, instead of one for each: four together take two thirds of the time of four alone, and
-each but the last waits a little longer."""
+"""Where more of those who come than this share find the event loop at work for others, brief first runs are
+for all who are here already, instead of one for each: four together take two thirds of the time of four
+alone, and each but the last waits a little longer."""
 
 LIGHT = 0.1
 """Share of the time that column 1 alone would need for all who come, below which traffic is light: some who
