@@ -45,6 +45,10 @@ END_LIMIT_S = 0.5
 GATHERING_STEP = 0.1
 """Part of what is known of how long brief runs are waited for that one of them replaces."""
 
+IN_HAND = 2.0
+"""An answer in hand leaves at the latest this many times what nearly all answers take before its deadline: timers
+and callers' clocks are not that exact, and what it waits for is worth less than what it may lose."""
+
 Begins = Literal["any", "brief", "nothing"]
 """What may begin."""
 
@@ -599,6 +603,7 @@ class Engine:
         self._make_room()
         request = Request(
             ready_by_s=deadline_s - self._reserve.of(deadline_s - arrived_s),
+            in_hand_by_s=deadline_s - IN_HAND * self._reserve.sure_s,
             min_confidence=min_confidence,
             image_HWC=image_HWC,
             arrived_s=arrived_s,
@@ -615,8 +620,13 @@ class Engine:
             self._preempt()
         self._begin(is_followed=is_followed)
         if not request.settled.done():
-            request.timer = self._call_at(request.ready_by_s, partial(self._ready_or_never, request))
+            self._set_timer(request)
         return request
+
+    def _set_timer(self, request: Request) -> None:
+        if request.timer:
+            request.timer.cancel()
+        request.timer = self._call_at(request.ready_by_s, partial(self._ready_or_never, request))
 
     def _begin(self, *, is_followed: bool) -> None:
         """Have a newcomer run: at once, where to wait for others to join would cost more than it saves."""
@@ -643,7 +653,7 @@ class Engine:
         ticket: Ticket = request
         if self._running and request in self._running.batch:
             columns_run = (*request.columns_run, self._running.column)
-            ticket = Ticket(request.ready_by_s, request.min_confidence, columns_run, request.confidence)
+            ticket = Ticket(request.refined_by_s, request.min_confidence, columns_run, request.confidence)
         start_s = max(now_s, self._busy_until_s(now_s))
         return scheduling.to_come_s(ticket, start_s, self._profile, self._ladder)
 
@@ -753,6 +763,9 @@ class Engine:
             return
         self._running = run
         self._idle.clear()
+        for request in batch:
+            if request.columns_run and request.timer:  # else it is about to get one
+                self._set_timer(request)
         if self._watching is None:
             self._watching = self._call_at(now_s + self._run_timeout_s, self._watch)
         done = self._processor.start(column, images_HWC) if batch else self._processor.start_blank(column)
@@ -884,6 +897,7 @@ class Engine:
             return
         request.logits_K, request.probabilities_K = logits, probabilities_K
         request.confidence, request.columns_run = confidence, columns_run
+        request.ready_by_s = request.refined_by_s
         self._queue.add(request)
         if request.on_rung:
             request.on_rung(self._served(request, "answered", self._clock()))

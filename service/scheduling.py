@@ -367,7 +367,7 @@ class Anytime:
             return ladder.shallowest
         through_s = column_1.high_s + sum(profile.latency(column, 1).likely_s for column in way.added)
         through = ladder.accuracy((ladder.shallowest, *way.added))
-        is_in_time = now_s + through_s <= ticket.ready_by_s
+        is_in_time = now_s + through_s <= ticket.refined_by_s
         return ladder.shallowest if is_in_time and through >= way.accuracy - INDISTINCT else way.added[0]
 
     def _better_than_a_small_batch(
@@ -568,7 +568,7 @@ def _best_way(
         first, *rest = (profile.latency(column, 1) for column in way.added)
         first_s = first.likely_s if ticket.columns_run else first.high_s
         cost_s = first_s + sum(latency.likely_s for latency in rest)
-        if now_s + cost_s > ticket.ready_by_s:
+        if now_s + cost_s > (ticket.refined_by_s if rest else ticket.ready_by_s):
             continue
         share, losses = risks.of(first_s, is_refinement=bool(ticket.columns_run))
         worth = share * way.gain - answer_worth * losses

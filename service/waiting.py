@@ -24,6 +24,8 @@ class Ticket:
         columns_run: Columns that have run, shallow first; empty while there is no answer.
         confidence: Probability of the answer in hand.
         lost_s: Time this ticket has stood still, or gone slower, because of others [s].
+        in_hand_by_s: Takes the place of `ready_by_s` when there is an answer, if it is sooner: late, all of it is
+            lost, while a refinement that is cut short loses little.
     """
 
     ready_by_s: float
@@ -31,6 +33,12 @@ class Ticket:
     columns_run: tuple[str, ...] = ()
     confidence: float = 0.0
     lost_s: float = 0.0
+    in_hand_by_s: float = math.inf
+
+    @property
+    def refined_by_s(self) -> float:
+        """Latest time for a result to be there that is not the first [s]."""
+        return min(self.ready_by_s, self.in_hand_by_s)
 
     @property
     def is_content(self) -> bool:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from service.engine import LEAST_DOUBT_S, Engine, InferenceThread, Request, Served
+from service.engine import IN_HAND, LEAST_DOUBT_S, Engine, InferenceThread, Request, Served
 from service.errors import Problem, Rejected, Stopped
 from service.health import Health
 from service.inference import Inference, Preemption
@@ -332,9 +332,9 @@ async def test_the_answer_in_hand_goes_out_on_time_while_a_refinement_still_runs
     bench = Bench(duration_s=lambda column, n: 0.5 if column == "3" else as_measured(column, n))
     served = await bench.submit(7, 0.020).settled
     assert (served.outcome, served.columns_run, served.stopped_by) == ("answered", ("1", "2"), "budget")
-    assert bench.now() == pytest.approx(0.020 - RESERVE_S)
+    assert bench.now() == pytest.approx(0.020 - IN_HAND * RESERVE_S)
     assert bench.processor.is_running
-    assert served.inference_s == pytest.approx(0.020 - RESERVE_S)
+    assert served.inference_s == pytest.approx(0.020 - IN_HAND * RESERVE_S)
 
 
 @in_virtual_time
@@ -577,7 +577,7 @@ async def test_a_stop_is_named_as_the_reason_only_where_it_is() -> None:
 @in_virtual_time
 async def test_a_stop_that_lets_go_of_a_refinement_is_the_reason() -> None:
     bench = Bench(duration_s=lambda column, n: 1e6 if column == "2" else as_measured(column, n))
-    request = bench.submit(1, 0.013)
+    request = bench.submit(1, 0.0135)
     await asyncio.sleep(0.002)
     await bench.engine.stop(0.010)
     served = request.settled.result()
@@ -729,7 +729,7 @@ async def test_answers_that_take_long_to_leave_raise_the_reserve() -> None:
     assert bench.engine.reserve_s == pytest.approx(0.002, rel=0.1)
     request = bench.submit(1, 0.020)
     served = await request.settled
-    assert request.ready_by_s == pytest.approx(served.deadline_s - bench.engine.reserve_s)
+    assert request.ready_by_s == pytest.approx(served.deadline_s - IN_HAND * bench.engine.reserve_s)
     assert served.settled_s == pytest.approx(request.ready_by_s)
     for _ in range(200):
         bench.engine.observe_way_out(0.050)
@@ -792,7 +792,7 @@ async def test_a_first_answer_does_not_wait_for_a_refinement() -> None:
     refinement = bench.processor.runs[-1]
     assert refinement[1] != "1"
     await asyncio.sleep(0.0005)
-    newcomer = bench.submit(2, 0.0045)
+    newcomer = bench.submit(2, 0.0055)
     assert newcomer.columns_run == ("1",)  # and it may yet be refined
     assert bench.now() == pytest.approx(0.0025)
     assert (await newcomer.settled).runs[0].started_s == pytest.approx(0.0015)
@@ -818,7 +818,7 @@ async def test_whoever_comes_too_late_for_a_turn_after_a_refinement_is_not_kept_
     patient = bench.submit(1, 0.050)  # column 3 or 2 and 3 from 0.001 on
     await asyncio.sleep(0.0001)
     busy_until_s = 0.001 + as_measured(bench.processor.runs[-1][1], 1)
-    newcomer = bench.submit(2, busy_until_s + 0.002 - bench.now())
+    newcomer = bench.submit(2, busy_until_s + 0.0025 - bench.now())
     assert (newcomer.settled.result().columns_run, newcomer.settled.result().stopped_by) == (("1",), "load")
     assert bench.processor.n_preempted == 0
     await patient.settled
@@ -827,14 +827,14 @@ async def test_whoever_comes_too_late_for_a_turn_after_a_refinement_is_not_kept_
 @in_virtual_time
 async def test_an_answer_in_hand_leaves_before_a_brief_run_would_make_it_late() -> None:
     bench = beside(lambda column, n: as_measured(column, n) * (1 if column == "1" else 3))
-    waiting = bench.submit(1, 0.0050)  # its refinement overruns
+    waiting = bench.submit(1, 0.0055)  # its refinement overruns
     assert bench.processor.is_running
-    await asyncio.sleep(0.0050 - RESERVE_S - bench.now() - 0.0004)
+    await asyncio.sleep(0.0055 - IN_HAND * RESERVE_S - bench.now() - 0.0004)
     assert not waiting.settled.done()
     newcomer = bench.submit(2, 0.020)
     served = waiting.settled.result()
     assert (served.outcome, served.columns_run[0]) == ("answered", "1")
-    assert served.settled_s <= 0.0050 - RESERVE_S
+    assert served.settled_s <= 0.0055 - IN_HAND * RESERVE_S
     await newcomer.settled
 
 
