@@ -5,9 +5,9 @@
 Makes an environment for each peer (loadtests/peers), starts all servers on this machine, checks their
 answers against the artifact, and gives each the very same requests in turn, while the others are frozen: an
 open loop from this process, latency from the due time by its clock, order shuffled anew each time. Load 1 is
-the rate at which column 1 alone saturates this project's server, measured at the beginning. A late answer
-counts as missed, whatever its status. What is done is kept in PATH.runs.jsonl at once: interrupted, the same
-command goes on. Knows servers only over HTTP.
+what --capacity says, or the rate at which column 1 alone saturates this project's server, measured at the
+beginning. A late answer counts as missed, whatever its status. What is done is kept in PATH.runs.jsonl at
+once: interrupted, the same command goes on. Knows servers only over HTTP.
 """
 
 import argparse
@@ -196,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         n_checked = {server.name: server.check(offline) for server in servers}
         print("Every answer compared is the artifact's: " + json.dumps(n_checked), flush=True)
         if journal.head is None:
-            own_hz = chosen.capacity or _capacity_hz(chosen.artifact, pixels)
+            own_hz = _capacity_hz(chosen.artifact, pixels)
             journal.begin(
                 {
                     "plan": plan,
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     "python": platform.python_version(),
                     "versions": {PEERS[name].title: launch.version_of(PEERS[name]) for name in peers},
                     "n_checked": n_checked,
-                    "capacity_hz": round(own_hz, 1),
+                    "capacity_hz": round(chosen.capacity or own_hz, 1),
                     "servers": {
                         server.name: {
                             "capacity_hz": round(own_hz if server.name == OWN else server.capacity_hz(), 1),
@@ -303,7 +303,7 @@ def _page_parts(head: Row, points: Sequence[Point], picture: str, details: str) 
         f"[Accuracy and goodput, and what became of the other requests]({details})",
         "",
         "Alone on the machine, with 16 connections that never pause, and with none (this server with column",
-        "1 for everybody, as load 1 is measured; alone it would refine every answer):",
+        "1 for everybody; alone it would refine every answer):",
         "",
         "| server | answers/s | cores taken idle |",
         "|---|---:|---:|",

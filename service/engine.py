@@ -46,8 +46,8 @@ GATHERING_STEP = 0.1
 """Part of what is known of how long brief runs are waited for that one of them replaces."""
 
 IN_HAND = 2.0
-"""An answer in hand leaves at the latest this many times what nearly all answers take before its deadline: timers
-and callers' clocks are not that exact, and what it waits for is worth less than what it may lose."""
+"""An answer in hand leaves no later than this many times what nearly all answers take before its deadline:
+timers and callers' clocks are not that exact, and what it waits for is worth less than what it may lose."""
 
 Begins = Literal["any", "brief", "nothing"]
 """What may begin."""

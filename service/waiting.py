@@ -24,8 +24,8 @@ class Ticket:
         columns_run: Columns that have run, shallow first; empty while there is no answer.
         confidence: Probability of the answer in hand.
         lost_s: Time this ticket has stood still, or gone slower, because of others [s].
-        in_hand_by_s: Takes the place of `ready_by_s` when there is an answer, if it is sooner: late, all of it is
-            lost, while a refinement that is cut short loses little.
+        in_hand_by_s: Takes the place of `ready_by_s` when there is an answer, if it is sooner: late, all of
+            it is lost, while a refinement that is cut short loses little.
     """
 
     ready_by_s: float
