@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budgets", default="2,5,10,50", help="mix of budgets [ms], with commas")
     parser.add_argument("--seconds", type=float, default=3.5, help="length of one run")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each, every time with other requests")
-    parser.add_argument("--capacity", type=float, help="requests/s of load 1, instead of measuring it")
+    parser.add_argument("--capacity", type=float, help="requests/s of load 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="write PATH.json, .md, .svg and .runs.jsonl")
     parser.add_argument("--page", type=Path, help="put tables and picture between the marks of this page")
@@ -184,6 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     journal = Journal(chosen.out.with_suffix(".runs.jsonl"))
     plan = {
         "artifact": f"{spec['name']}@{spec['version']}",
+        "capacity_hz": chosen.capacity,
         "loads": [float(load) for load in chosen.loads.split(",")],
         "arrivals": chosen.arrivals.split(","),
         "budgets_ms": [float(budget) for budget in chosen.budgets.split(",")],

@@ -1,8 +1,9 @@
 """Owns the queue: runs what the policy decides, batch by batch, and settles every request exactly once.
 
 Must not know of HTTP or images' encodings. All methods belong to the event loop's thread. Runs happen
-elsewhere, except for brief ones on a CPU: those begin at once, also beside a refinement. There is no loop
-that could die: each arrival, each end of a run and each timer calls `_advance`.
+elsewhere, except for brief ones on a CPU: those begin at once, also beside a refinement, or, while the event
+loop is busy, when all who are here have joined them. There is no loop that could die: each arrival, each end
+of a run and each timer calls `_advance`.
 """
 
 import asyncio
@@ -49,8 +50,13 @@ IN_HAND = 2.0
 """An answer in hand leaves no later than this many times what nearly all answers take before its deadline:
 timers and callers' clocks are not that exact, and what it waits for is worth less than what it may lose."""
 
+GATHER_ABOVE = 0.7
+"""Where more of those who come than this share find the event loop at work for others (`Traffic.busy`), brief
+first runs are for all who are here already, instead of one for each: four together take two thirds of the
+time of four alone, and each but the last waits a little longer."""
+
 Begins = Literal["any", "brief", "nothing"]
-"""What may begin."""
+"""What may begin at once, where somebody has just come in, or has just been answered."""
 
 Result = TypeVar("Result")
 _Work = tuple[asyncio.AbstractEventLoop, Callable[[], Any], "asyncio.Future[Any]"]
@@ -377,7 +383,7 @@ class Engine:
         self._preempted_s: float | None = None
         self._beside_until_s = -math.inf
         self._n_runs = 0
-        self._gathering_s = 0.0  # how long brief runs have been waited for lately, by those in them
+        self._gathering_s = 0.0  # how long the first in brief runs has waited for them lately
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_stopping = False
@@ -440,12 +446,13 @@ class Engine:
             self._traffic.arrived(now_s, ready_by_s - now_s, has_waited=has_waited)
             raise self.refusal(f"{n_unanswered} requests wait for their first answer: retry later.", "load")
         busy_until_s, sooner_s, is_beside = now_s, math.inf, False
-        if self._gathers(now_s):
-            busy_until_s += self._gathering_s
+        gathers = self._gathers(now_s)
         if self._running:
             busy_until_s = self._busy_until_s(now_s)
             sooner_s = now_s + self._profile.preemption_s if self._is_preemptible else math.inf
-            is_beside = self._has_room_beside and not self._queue.unanswered
+            is_beside = self._has_room_beside and (gathers or not self._queue.unanswered)
+        elif gathers and not self._queue.unanswered:  # else those who wait are played through
+            busy_until_s += self._gathering_s * self._share_left(now_s)
         admission = scheduling.admit(
             self._policy,
             ready_by_s,
@@ -465,7 +472,9 @@ class Engine:
                 self._why_not_in_time(arrived_s, deadline_s, now_s, admission.needs_s),
                 self._reason(arrived_s, deadline_s, now_s, spent_on),
             )
-        start_s = now_s if is_beside else sooner_s if admission.preempts else busy_until_s
+        start_s = sooner_s if admission.preempts else busy_until_s
+        if is_beside or not self._running:
+            start_s = now_s
         needs_s = admission.needs_s
         if is_beside and not admission.preempts:  # which holds as long as there is time for a crowded run
             needs_s *= scheduling.CROWDED
@@ -499,11 +508,15 @@ class Engine:
         """
         if self._running or self._queue or now_s - self._learnt_s < LEAST_DOUBT_S:
             return
-        keep = math.exp((self._learnt_s - now_s) / self._profile.MEMORY_S)
+        share_left = self._share_left(now_s)
         self._profile.fade(now_s - self._learnt_s)
-        self._reserve.fade(1 - keep)
-        self._gathering_s *= keep
+        self._reserve.fade(1 - share_left)
+        self._gathering_s *= share_left
         self._learnt_s = now_s
+
+    def _share_left(self, now_s: float) -> float:
+        """How much of what was learnt still counts, if nothing runs."""
+        return math.exp((self._learnt_s - now_s) / self._profile.MEMORY_S)
 
     def _in_run(self) -> tuple[Request, ...]:
         return self._running.batch if self._running else ()
@@ -618,7 +631,7 @@ class Engine:
         self._n_changes += 1
         if self._judged.preempts and self._is_preemptible:  # it may have come to be in vain meanwhile
             self._preempt()
-        self._begin(is_followed=is_followed)
+        self._begin(now_s, is_followed=is_followed)
         if not request.settled.done():
             self._set_timer(request)
         return request
@@ -628,19 +641,24 @@ class Engine:
             request.timer.cancel()
         request.timer = self._call_at(request.ready_by_s, partial(self._ready_or_never, request))
 
-    def _begin(self, *, is_followed: bool) -> None:
+    def _begin(self, now_s: float, *, is_followed: bool) -> None:
         """Have a newcomer run: at once, where to wait for others to join would cost more than it saves."""
         if self._is_advance_due or (self._running and not self._has_room_beside):
             return
-        if self._is_brief(1) and not (is_followed or self._gathers(self._clock())):
+        if self._is_brief(1) and not (is_followed or self._gathers(now_s)):
             self._call_now(partial(self._advance, "brief"))
         else:
             self._advance_soon()
 
     def _advance_soon(self) -> None:
         """Let whoever was read in the same turn of the event loop join the first run."""
-        self._is_advance_due = True
-        self._call_soon(self._advance)
+        if not self._is_advance_due:
+            self._is_advance_due = True
+            self._call_soon(self._advance_when_due)
+
+    def _advance_when_due(self) -> None:
+        self._is_advance_due = False
+        self._advance()
 
     def leave(self, request: Request) -> None:
         """The caller has gone: cost nothing more. A run in progress goes on for its neighbours."""
@@ -689,7 +707,6 @@ class Engine:
             for request in tuple(self._queue):
                 self._settle_with_what_there_is(request, "stopped")
         self._n_changes += 1
-        self._is_advance_due = False
         if self._running and not self._has_room_beside:
             return
         now_s = self._clock()
@@ -735,15 +752,15 @@ class Engine:
             self._preempt()  # it was to be brief when they were let in
 
     def _gathers(self, now_s: float) -> bool:
-        """Whether a brief first run is for all who are here already, instead of for each who comes."""
-        return self._traffic.traffic(now_s).busy > scheduling.GATHER_ABOVE
+        """Whether first runs are brief, and for all who are here already instead of for each who comes."""
+        return self._is_brief(1) and self._traffic.traffic(now_s).busy > GATHER_ABOVE
 
     def _most_brief(self, n_images: int) -> int:
-        """How many of so many one brief run can be for; all of them where no run is brief."""
+        """How many of so many one brief run can be for; at least 1."""
         if self._is_brief(n_images):
             return n_images
         smaller = [size for size in self._profile.batch_sizes if size < n_images and self._is_brief(size)]
-        return max(smaller, default=n_images)
+        return max(smaller, default=1)
 
     def _start(
         self, column: str, batch: tuple[Request, ...], now_s: float, *, is_brief: bool = False
@@ -763,9 +780,6 @@ class Engine:
             return
         self._running = run
         self._idle.clear()
-        for request in batch:
-            if request.columns_run and request.timer:  # else it is about to get one
-                self._set_timer(request)
         if self._watching is None:
             self._watching = self._call_at(now_s + self._run_timeout_s, self._watch)
         done = self._processor.start(column, images_HWC) if batch else self._processor.start_blank(column)
@@ -876,6 +890,9 @@ class Engine:
             del done  # an error holds this frame, and it would hold the error
         # Who has just been answered is not to wait for another brief run.
         self._advance("nothing" if is_brief and self._queue.unanswered else "any")
+        for request in run.batch:  # who still waits with a first answer in hand leaves sooner than without
+            if request.timer and len(request.columns_run) == 1 and not request.settled.done():
+                self._set_timer(request)
 
     def _learn(self, run: _Running, took_s: float) -> None:
         ratio = self._profile.observe(run.column, len(run.batch), took_s)

@@ -42,11 +42,6 @@ REFINE_BELOW = 0.3
 others (`Traffic.busy`), unless the operator says otherwise. A refinement costs more than its run: the loop
 plans it and takes it in, and on a processor it takes caches and cores from those who read and answer."""
 
-GATHER_ABOVE = 0.7
-"""Where more of those who come than this share find the event loop at work for others, brief first runs are
-for all who are here already, instead of one for each: four together take two thirds of the time of four
-alone, and each but the last waits a little longer."""
-
 LIGHT = 0.1
 """Share of the time that column 1 alone would need for all who come, below which traffic is light: some who
 come at once and then nobody keep the loop at work, but not for long."""
@@ -144,7 +139,7 @@ class Policy(Protocol):
         Args:
             ready_by_s: When its result must be there [s].
             now_s: Current time [s].
-            busy_until_s: When the run in progress is predicted to end [s]; in the past when there is none.
+            busy_until_s: When the next run can likely start [s]; in the past if that is at once.
             waiting: Every queued ticket.
             profile: Latency by column and batch size [s].
             ladder: Its shallowest column is what is promised.

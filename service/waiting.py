@@ -18,8 +18,8 @@ class Ticket:
     """A waiting request, as far as the policy cares. Only the engine changes one, and not while it is queued.
 
     Attributes:
-        ready_by_s: Latest time for the result to be there: the deadline less the reserve for writing the
-            answer.
+        ready_by_s: Latest time for the next result to be there: the deadline less the reserve for writing the
+            answer, and with an answer in hand `refined_by_s`.
         min_confidence: The caller is content with an answer at least this confident; None: never.
         columns_run: Columns that have run, shallow first; empty while there is no answer.
         confidence: Probability of the answer in hand.

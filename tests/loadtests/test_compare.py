@@ -133,6 +133,7 @@ def test_a_peer_is_compared_and_a_second_call_only_adds(
     assert len({run["n"] for run in first["runs"]}) == 1
     assert all(run["outcomes"]["answered"] > 0 for run in both["runs"])
     assert set(both["servers"]) == {OWN, "FastAPI, column 1"}
+    assert both["servers"][OWN]["capacity_hz"] > 100  # measured, whatever load 1 is
     assert both["n_checked"] == {OWN: 20, "FastAPI, column 1": 20}
     written = page.read_text()
     assert written.startswith("Words.\n")

@@ -885,12 +885,16 @@ async def test_a_brief_run_begins_at_once_also_when_time_is_scarce() -> None:
     assert [batch for _, column, batch in bench.processor.runs if column == "1"] == [(0,), (1,), (2,), (3,)]
 
 
-def crowded(brief_s: float) -> Bench:
-    """Nearly everybody has found the event loop at work."""
-    bench = Bench(brief_s=brief_s)
+def crowd(bench: Bench) -> None:
+    """Have nearly everybody find the event loop at work."""
     for _ in range(40):
         with pytest.raises(Rejected):
             bench.engine.check_admission(bench.now(), bench.now() + 0.0001, has_waited=True)
+
+
+def crowded(brief_s: float) -> Bench:
+    bench = Bench(brief_s=brief_s)
+    crowd(bench)
     return bench
 
 
@@ -910,6 +914,32 @@ async def test_while_the_loop_is_busy_those_who_are_here_share_brief_runs_and_ar
     await requests[2].settled
     assert [batch for *_, batch in bench.processor.runs] == [(1, 2), (3,)]
     assert bench.processor.n_brief == 2
+
+
+@in_virtual_time
+async def test_while_the_loop_is_busy_those_who_are_here_share_one_beside_a_refinement() -> None:
+    bench = beside()
+    patient = bench.submit(1, 0.050)
+    refinement = bench.processor.runs[-1][1]
+    crowd(bench)
+    newcomers = [submit_having_waited(bench, identity, 0.0045) for identity in (2, 3)]
+    assert {(await one.settled).outcome for one in newcomers} == {"answered"}
+    assert [batch for _, column, batch in bench.processor.runs if column == "1"] == [(1,), (2, 3)]
+    assert (await patient.settled).columns_run[1] == refinement
+    assert bench.processor.n_preempted == 0
+
+
+@in_virtual_time
+async def test_one_who_was_to_wait_for_others_is_judged_again_if_decoding_took_its_time() -> None:
+    bench = crowded(brief_s=0.0015)
+    bench.engine._gathering_s = 0.0005
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    now_s, deadline_s = bench.now(), bench.now() + RESERVE_S + COST_S["1"] + 0.0006
+    bench.engine.check_admission(now_s, deadline_s, has_waited=True)
+    loop.work(0.0003)  # decodes
+    with pytest.raises(Rejected):
+        bench.engine.submit(picture(1), arrived_s=now_s, deadline_s=deadline_s, has_waited=True)
 
 
 @in_virtual_time
