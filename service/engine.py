@@ -451,7 +451,7 @@ class Engine:
             busy_until_s = self._busy_until_s(now_s)
             sooner_s = now_s + self._profile.preemption_s if self._is_preemptible else math.inf
             is_beside = self._has_room_beside and (gathers or not self._queue.unanswered)
-        elif gathers and not self._queue.unanswered:  # else those who wait are played through
+        elif gathers:
             busy_until_s += self._gathering_s * self._share_left(now_s)
         admission = scheduling.admit(
             self._policy,
