@@ -733,23 +733,27 @@ class Engine:
                 self._settle(request, "answered", reason)
         if plan.column is None:
             return
-        # With others waiting, the thread runs them while the event loop reads and answers, unless the loop is
-        # busy: then they would only take turns. So it does with refinements, which somebody may come and
-        # preempt.
-        batch = plan.batch
-        is_first, is_brief = not batch[0].columns_run, False
+        # Refinements are for the thread, too: somebody may come and preempt them.
+        batch, is_brief = plan.batch, False
+        is_first = not batch[0].columns_run
         if is_first and plan.column == self._ladder.shallowest:
-            gathers = self._gathers(now_s)
-            if gathers:
-                batch = batch[: self._most_brief(len(batch))]
-            is_all = gathers or len(batch) == len(self._queue.unanswered)
-            is_brief = is_all and self._is_brief(len(batch))
+            batch, is_brief = self._on_loop_or_not(batch, now_s)
         if begins == "nothing" or (begins == "brief" and not is_brief):
             self._advance_soon()
         elif is_brief or not self._running:
             self._start(plan.column, batch, now_s, is_brief=is_brief)
         elif is_first and self._is_preemptible:
             self._preempt()  # it was to be brief when they were let in
+
+    def _on_loop_or_not(self, batch: tuple[Request, ...], now_s: float) -> tuple[tuple[Request, ...], bool]:
+        """Whom a first run of the shallowest column is for, and whether it is a brief one, on the event loop.
+
+        With others waiting, the thread runs them while the loop reads and answers, unless the loop is busy:
+        then they would only take turns.
+        """
+        if self._gathers(now_s):
+            return batch[: self._most_brief(len(batch))], True
+        return batch, len(batch) == len(self._queue.unanswered) and self._is_brief(len(batch))
 
     def _gathers(self, now_s: float) -> bool:
         """Whether first runs are brief, and for all who are here already instead of for each who comes."""
