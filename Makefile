@@ -106,11 +106,11 @@ bench-quick: $(VENV)/all ## two minutes: ratios to plain FastAPI, bare ASGI and 
 	@$(PY) -m loadtests.bench --out loadtests/results/bench.jsonl $(ARGS)
 
 .PHONY: gpu
-gpu: $(VENV)/cuda ## on a machine with an NVIDIA GPU: the tests that need it, then what it is worth; ARGS go to python -m loadtests.gpu
-	$(call say,Testing what can only be seen on a GPU.)
-	@$(PY) -m pytest -m gpu
-	$(call say,Measuring for about a quarter of an hour. Nothing else should run on this machine.)
-	@$(PY) -m loadtests.gpu --out loadtests/results/gpu $(ARGS)
+gpu: $(VENV)/cuda ## on a machine with an NVIDIA GPU: the tests that need it, then what it is worth; ARGS="--quick" or others go to python -m loadtests.gpu
+	$(call say,Testing what can only be seen on a GPU$(,) and measuring in any case. Nothing else should run on this machine.)
+	@$(PY) -m pytest -m gpu; tested=$$?; \
+	$(PY) -m loadtests.gpu --out loadtests/results/gpu $(ARGS); measured=$$?; \
+	exit $$((tested ? tested : measured))
 
 # ---- proof ----
 
