@@ -184,7 +184,7 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "artifact", metavar="ARTIFACT", nargs="?", help="folder with manifest.json (the one that ships)"
     )
-    parser.add_argument("--batch-sizes", metavar="N,N", help="sizes to measure (1,2,4,8)")
+    parser.add_argument("--batch-sizes", metavar="N,N", help="sizes to measure (1,2,4,8; on a GPU up to 64)")
     parser.add_argument(
         "--seconds", metavar="S", dest="profile_seconds", help="time for all of it; more is steadier (3)"
     )

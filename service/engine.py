@@ -30,7 +30,7 @@ from service.health import Health
 from service.inference import Inference, Preempted, Preemption
 from service.ladder import Ladder
 from service.latency import LiveProfile, Reserve
-from service.providers import DeviceLost
+from service.providers import DeviceInDoubt, DeviceLost
 from service.scheduling import Policy, StoppedBy
 from service.waiting import Queue, Ticket, TrafficMonitor, ready_by
 
@@ -207,6 +207,7 @@ class InferenceThread:
 
         Raises:
             ArtifactError: a graph cannot be run or gives no usable logits.
+            DeviceLost: nothing will run any more.
         """
         for size in batch_sizes:  # one by one, so that who is tired of waiting leaves the thread little to do
             await self._submit(partial(self._inference.warm_up, [size]))
@@ -326,8 +327,8 @@ class Engine:
         brief_s: A first run of the shallowest column that is predicted to take no longer is not handed over
             to a thread, and waits for no refinement that is in progress there [s].
         keep_warm_s: The shallowest column runs on a blank picture when nothing has run for so long [s]; 0:
-            never. Nothing is learnt from it and no metric counts it. Whoever comes meanwhile waits for it,
-            and is taken in or refused with that in mind, as if it were anybody's run.
+            never. Nothing is learnt from it and no metric counts it, unless it fails. Whoever comes meanwhile
+            waits for it, and is taken in or refused with that in mind, as if it were anybody's run.
         run_timeout_s: A run that has not ended by then never will [s].
         max_waiting: Requests in here at once. One that has an answer makes room for one that has none.
         jitter: A factor for each retry time, so that rejected callers do not all return at once.
@@ -452,7 +453,7 @@ class Engine:
             sooner_s = now_s + self._profile.preemption_s if self._is_preemptible else math.inf
             is_beside = self._has_room_beside and (gathers or not self._queue.unanswered)
         elif gathers:
-            busy_until_s += self._gathering_s * self._share_left(now_s)
+            busy_until_s += self._gathering_s * self._profile.share_left(now_s - self._learnt_s)
         admission = scheduling.admit(
             self._policy,
             ready_by_s,
@@ -508,15 +509,11 @@ class Engine:
         """
         if self._running or self._queue or now_s - self._learnt_s < LEAST_DOUBT_S:
             return
-        share_left = self._share_left(now_s)
+        share_left = self._profile.share_left(now_s - self._learnt_s)
         self._profile.fade(now_s - self._learnt_s)
         self._reserve.fade(1 - share_left)
         self._gathering_s *= share_left
         self._learnt_s = now_s
-
-    def _share_left(self, now_s: float) -> float:
-        """How much of what was learnt still counts, if nothing runs."""
-        return math.exp((self._learnt_s - now_s) / self._profile.MEMORY_S)
 
     def _in_run(self) -> tuple[Request, ...]:
         return self._running.batch if self._running else ()
@@ -822,14 +819,20 @@ class Engine:
         if now_s < until_s:
             self._watching = self._call_at(until_s, self._watch)
             return
-        self._break(f"a run of column {self._running.column} has not ended for {self._run_timeout_s:g} s")
-        self._advance()
+        self.give_up(f"a run of column {self._running.column} has not ended for {self._run_timeout_s:g} s")
 
-    def _break(self, why: str) -> None:
-        """Take nobody in any more: no run will succeed."""
+    def give_up(self, why: str) -> None:
+        """Take nobody in any more, and turn away who waits: no run will succeed."""
         if not self._is_stopping:
             self._is_stopping = True
             self._observe_broken(why)
+        self._advance()
+
+    def _judge(self, column: str, error: BaseException) -> None:
+        """See whether what made a run fail will make all others fail."""
+        is_final, may_be_final = isinstance(error, DeviceLost), isinstance(error, DeviceInDoubt)
+        if why := self._health.failed(column, error, is_final=is_final, may_be_final=may_be_final):
+            self.give_up(why)
 
     def _finish(self, run: _Running, done: asyncio.Future[NDArray[np.float32]]) -> None:
         """Take in the end of a run, good or bad, and go on."""
@@ -888,8 +891,7 @@ class Engine:
             self._observe_failed_run(run.column)
             for request in run.batch:
                 self._settle_with_what_there_is(request, "failed", "load")
-            if why := self._health.failed(run.column, error, is_final=isinstance(error, DeviceLost)):
-                self._break(why)
+            self._judge(run.column, error)
         finally:
             del done  # an error holds this frame, and it would hold the error
         # Who has just been answered is not to wait for another brief run.

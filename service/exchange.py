@@ -16,7 +16,7 @@ from service.errors import BodyTimeout, CallerGone, Problem, Reason, Rejected, T
 from service.protocol import CONNECTION, READ, StampedProtocol
 from service.record import Record
 from service.settings import Settings
-from service.turns import LEAST_WAIT_S
+from service.turns import has_waited
 
 Headers = Sequence[tuple[bytes, bytes]]
 Refuse = Callable[[str, Reason], Rejected]
@@ -223,7 +223,7 @@ def arrival(scope: Scope, now_s: float) -> tuple[float, bool]:
         return now_s, False
     read_s, turn, place = read
     waited_s = turn.waited_s(place)
-    return read_s - waited_s, waited_s > LEAST_WAIT_S
+    return read_s - waited_s, has_waited(waited_s)
 
 
 def problem_document(problem: Problem) -> tuple[int, Headers, bytes]:

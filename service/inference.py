@@ -18,7 +18,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from service import providers
 from service.ladder import ConfidenceTable, Ladder
-from service.providers import GPU_DEFAULTS, BoundSession, GpuOptions, GraphError, Provider, ProviderError
+from service.providers import (
+    GPU_DEFAULTS,
+    BoundSession,
+    DeviceLost,
+    GpuOptions,
+    GraphError,
+    Provider,
+    ProviderError,
+)
 
 INPUT_NAME, OUTPUT_NAME = "images_NHWC", "logits_NK"
 FATAL = 4
@@ -241,6 +249,7 @@ class Inference:
             InferenceError: the logits have another shape than asked for, or no row is finite.
             Preempted: that was demanded, and came before the end.
             DeviceLost: nothing will run any more.
+            DeviceInDoubt: perhaps nothing will.
         """
         n = len(images_NHWC)
         padded = next((size for size in self._padded_sizes if size >= n), n)
@@ -304,6 +313,7 @@ class Inference:
 
         Raises:
             ArtifactError: a graph cannot be run or gives no usable logits.
+            DeviceLost: nothing will run any more.
         """
         for column, size in itertools.product(self._sessions, batch_sizes):
             try:
@@ -312,8 +322,10 @@ class Inference:
                         self.run_blank(column, size)
             except Exception as error:  # onnxruntime's own exceptions have no public base class
                 what = f"Column {column} cannot be run on {size} images ({error})"
+                if isinstance(error, DeviceLost):
+                    raise DeviceLost(what) from error
                 if self.provider != "cpu":
-                    raise _unavailable(self.provider, what) from error
+                    raise unavailable(self.provider, what) from error
                 raise ArtifactError(f"{what}: export the artifact again.") from error
 
     def close(self) -> None:
@@ -343,6 +355,7 @@ def load(
     Raises:
         ProviderUnavailable: the provider does not work.
         ArtifactError: a file is missing, altered or not what the manifest says.
+        DeviceLost: no run on this GPU will succeed any more.
 
     Cost: reads and hashes every file and optimises every graph; tenths of a second.
     """
@@ -364,13 +377,14 @@ def load(
                 f"{rung.file} is no graph that onnxruntime can load ({error}): export it again."
             ) from error
         except ProviderError as error:
-            raise _unavailable(provider, str(error)) from error
+            raise unavailable(provider, str(error)) from error
     if provider == "cpu":
         return Inference(manifest, sessions, provider=provider, sha256=sha256)
     return Inference(manifest, sessions, provider=provider, sha256=sha256, padded_sizes=batch_sizes, gpu=gpu)
 
 
-def _unavailable(provider: Provider, why: str) -> ProviderUnavailable:
+def unavailable(provider: Provider, why: str) -> ProviderUnavailable:
+    """That a provider does not work, with what to do."""
     libraries = "the driver, and the CUDA and cuDNN libraries (the extra `cuda` has them)"
     if provider == "tensorrt":
         libraries += ", and TensorRT's"

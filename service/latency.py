@@ -266,13 +266,17 @@ class LiveProfile(LatencyProfile):
         if self._preemption:
             self._preemption.observe(took_s)
 
+    def share_left(self, idle_s: float) -> float:
+        """How much of what was learnt still counts, if nothing was learnt for this long [s]."""
+        return math.exp(-idle_s / self.MEMORY_S)
+
     def fade(self, idle_s: float) -> None:
         """Forget part of what was learnt, because nothing was learnt for this long [s].
 
         Without it, a profile of a machine that was slow for a moment could be the reason that nothing is run
         any more, and so that nothing is learnt any more.
         """
-        keep = math.exp(-idle_s / self.MEMORY_S)
+        keep = self.share_left(idle_s)
         self._shared_log *= keep
         self._tail.fade(1 - keep)
         if self._preemption:

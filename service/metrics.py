@@ -65,7 +65,6 @@ class Metrics:
     """All metrics of one server.
 
     Args:
-        batch_sizes: Profiled batch sizes; a batch counts under the next one up.
         n_waiting: Asked at each scrape.
         slowdown: As `n_waiting`: how many times longer runs take than when they were measured.
         reserve_s: As `n_waiting`: what is kept free of every budget [s].
@@ -77,7 +76,6 @@ class Metrics:
     def __init__(
         self,
         *,
-        batch_sizes: Sequence[int],
         n_waiting: Callable[[], int],
         slowdown: Callable[[], float],
         reserve_s: Callable[[], float],
@@ -85,7 +83,7 @@ class Metrics:
         gpus: Gpus | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._batch_sizes = tuple(batch_sizes)
+        self._batch_sizes: list[int] = []
         self._run_times = run_times
         self._gpus = gpus
         self._clock = clock
@@ -277,6 +275,7 @@ class Metrics:
         sha256: str,
         provider: str,
         columns: Sequence[str],
+        batch_sizes: Sequence[int],
         accuracy: Mapping[tuple[str, ...], float],
     ) -> None:
         """Have all series of a model, from its first moment.
@@ -287,10 +286,13 @@ class Metrics:
             sha256: Of its manifest.
             provider: What it runs on.
             columns: Shallow first. Models share the series of columns of the same name.
+            batch_sizes: Profiled ones; a batch counts under the next one up. Some models may have larger ones
+                than others, but none has any between those of others.
             accuracy: On held-out images, by the columns that have run.
         """
         by_columns = {"+".join(columns_run): value for columns_run, value in accuracy.items()}
         self._loaded[name, version] = _Loaded(sha256, provider, by_columns)
+        self._batch_sizes = sorted({*self._batch_sizes, *batch_sizes})
         for column in columns:
             for stopped_by in STOPPED_BY:
                 self._answers.add(column, stopped_by)
@@ -298,7 +300,7 @@ class Metrics:
             self._run_ratio.add(column)
             self._failed_runs.add(column)
             self._preempted_runs.add(column)
-            for size in self._batch_sizes:
+            for size in batch_sizes:
                 self._inference_s.add(column, str(size))
 
     def remove_model(self, name: str, version: str) -> None:

@@ -35,7 +35,7 @@ from service.inference import Inference, Manifest, ProviderUnavailable
 from service.latency import LatencyProfile, LiveProfile, Reserve
 from service.metrics import Metrics, RunTime
 from service.policies import named
-from service.providers import GpuOptions, Provider
+from service.providers import DeviceLost, GpuOptions, Provider
 from service.record import Answer, Record
 from service.settings import Settings
 
@@ -47,6 +47,11 @@ Gone = Callable[[Callable[[], None]], AbstractContextManager[None]]
 KEEP_WARM_S = 0.1
 """The setting `keep_warm_ms` where it is empty and a GPU is used. Small convolutional networks were seen to
 take many times longer after pauses of 0.2 s (onnxruntime #16135, #13366). Not yet tuned."""
+
+CPU_BATCH_SIZES = (1, 2, 4, 8)
+GPU_BATCH_SIZES = (*CPU_BATCH_SIZES, 16, 32, 64)
+"""The setting `batch_sizes` where it is empty. On a GPU, 64 images take 1.5 to 1.6 times as long as one.
+Source: docs/gpu.md, on an H100."""
 
 MAX_NUMBER_LENGTH = 400
 """Of a number as text; the longest that make sense have some 330. To read one takes 3 ns a character."""
@@ -382,6 +387,11 @@ class Model:
             if not self._n_inside:
                 self._is_empty.set()
 
+    def give_up(self, why: str) -> None:
+        """Take no more requests, and turn away those that wait: no run will succeed."""
+        if self._engine:
+            self._engine.give_up(why)
+
     async def drain(self) -> None:
         """Let those who are inside have their answers, within the setting `drain_timeout_s`; then close."""
         with contextlib.suppress(TimeoutError):
@@ -436,6 +446,7 @@ async def load(settings: Settings, folder: Path, *, rest: float = 0.0) -> Model:
 
     Raises:
         ArtifactError: the artifact or the provider cannot be used.
+        DeviceLost: while a server is in use, the GPU turned out to be lost, to that server as well.
     """
     *preferred, last = providers.candidates(settings.provider)
     for provider in preferred:
@@ -447,19 +458,28 @@ async def load(settings: Settings, folder: Path, *, rest: float = 0.0) -> Model:
 
 
 async def _load_on(provider: Provider, settings: Settings, folder: Path, rest: float) -> Model:
-    stands_back = rest > 0
+    try:
+        loaded = await _opened(provider, settings, folder, stands_back=rest > 0)
+        return await _measured(settings, loaded, rest)
+    except DeviceLost as error:
+        if rest:
+            raise
+        raise inference.unavailable(provider, str(error)) from error
+
+
+async def _opened(provider: Provider, settings: Settings, folder: Path, *, stands_back: bool) -> Inference:
     # onnxruntime's own threads would stand back for good: they are as nice as the thread that starts them.
     opens_nicely = stands_back and settings.intra_op_threads == 1 and sys.platform == "linux"
     opening = ThreadPoolExecutor(1, "load", _stand_back if opens_nicely else None)
     try:
-        loaded = await asyncio.get_running_loop().run_in_executor(
+        return await asyncio.get_running_loop().run_in_executor(
             opening,
             partial(
                 inference.load,
                 folder,
                 provider=provider,
                 intra_op_threads=settings.intra_op_threads,
-                batch_sizes=settings.batch_sizes,
+                batch_sizes=_batch_sizes(settings, provider),
                 gpu=GpuOptions(
                     cuda_graphs=settings.cuda_graphs,
                     conv_algorithms=settings.cudnn_conv_algo_search,
@@ -471,21 +491,27 @@ async def _load_on(provider: Provider, settings: Settings, folder: Path, rest: f
         )
     finally:
         opening.shutdown(wait=False)
+
+
+async def _measured(settings: Settings, loaded: Inference, rest: float) -> Model:
+    batch_sizes = _batch_sizes(settings, loaded.provider)
     # CUDA has handles for each thread, so that the one that serves must be the one that is warmed up.
-    is_own = stands_back and loaded.provider == "cpu"
+    is_own = rest > 0 and loaded.provider == "cpu"
     measuring = InferenceThread(loaded, NICENESS if is_own else 0)
     try:
-        await measuring.warm_up(settings.batch_sizes)
+        await measuring.warm_up(batch_sizes)
         profile = await profiling.recall_or_measure(
             loaded,
             measuring,
-            batch_sizes=settings.batch_sizes,
+            batch_sizes=batch_sizes,
             quantile=settings.profile_quantile,
             seconds=settings.profile_seconds,
             intra_op_threads=settings.intra_op_threads,
             cache=settings.profile_cache,
             rest=rest,
         )
+    except DeviceLost:
+        raise  # the thread stays, with its sessions: to close those of a lost GPU may abort the process
     except BaseException:
         measuring.close()
         raise
@@ -511,6 +537,10 @@ def _log(settings: Settings, loaded: Inference, profile: LatencyProfile) -> None
             *(rung.column, rung.accuracy * 100, latency.median_s * 1e3),
             *(settings.profile_quantile * 100, latency.high_s * 1e3),
         )
+
+
+def _batch_sizes(settings: Settings, provider: Provider) -> tuple[int, ...]:
+    return settings.batch_sizes or (CPU_BATCH_SIZES if provider == "cpu" else GPU_BATCH_SIZES)
 
 
 def _keep_warm_s(settings: Settings, loaded: Inference) -> float:

@@ -40,7 +40,7 @@ from service.models import Model
 from service.record import Answer, Journal, Record, current, together, trace_context
 from service.repository import Repository
 from service.settings import Settings, SettingsError
-from service.turns import LEAST_WAIT_S, Turns
+from service.turns import Turns, has_waited
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ class _Calls(grpc.GenericRpcHandler):
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
         """Have a call served that has just come; None if there is no such method."""
         now_s = self._clock()
-        has_waited = self._turns.mark(now_s) > LEAST_WAIT_S  # when its core has read the call is not known
+        worked_s = self._turns.mark(now_s)  # when its core has read the call is not known
         method = handler_call_details.method
         self.has_been_called = True
         call = self._by_method.get(method)
@@ -220,7 +220,7 @@ class _Calls(grpc.GenericRpcHandler):
             self._journal.name(by_name.get(b"x-request-id")),
             now_s - self._settings.network_ms / 1e3,
             trace=trace_context(headers) if b"traceparent" in by_name else None,
-            has_waited=has_waited,
+            has_waited=has_waited(worked_s),
             route=method.removeprefix("/"),
         )
         return grpc.stream_unary_rpc_method_handler(partial(self._serve, call, record, by_name))

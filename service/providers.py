@@ -57,6 +57,11 @@ Source: CUDA Runtime API 13, cudaError_t, those that leave "the process in an in
 CUDA_FAILURE = re.compile(r"\bCUDA (?:failure|error):? ?\(?(\d+)")
 """As onnxruntime words it: `CUDA failure 700: an illegal memory access was encountered ; GPU=0 ; ...`."""
 
+LIBRARY_FAILURE = re.compile(r"\bCU(?:DNN|DNN_FE|BLAS|FFT) failure \d|TensorRT EP execution context enqueue")
+"""How onnxruntime words it if CUDA's libraries cannot launch what they want to, as they cannot on a GPU that
+an earlier launch has broken: `CUDNN failure 5000: CUDNN_STATUS_EXECUTION_FAILED ; GPU=0 ; ...`.
+Source: onnxruntime 1.31.1, cuda_call.cc, cudnn_fe_call.cc and the strings of its providers."""
+
 
 class GraphError(Exception):
     """What was given is no graph that onnxruntime can load."""
@@ -68,6 +73,10 @@ class ProviderError(Exception):
 
 class DeviceLost(Exception):
     """The GPU, or this process's hold of it, is broken: no run will succeed until a new process makes it."""
+
+
+class DeviceInDoubt(Exception):
+    """A run failed by what may be said of a GPU that is lost; another one tells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +142,7 @@ def open_graph(
     Raises:
         GraphError: it is no graph that onnxruntime can load.
         ProviderError: the provider cannot be used here.
+        DeviceLost: nor anything else on this GPU any more.
 
     Cost: optimises the graph; tenths of a second. TensorRT builds in the first run of each batch size.
     """
@@ -151,7 +161,7 @@ def open_graph(
             )
     except Exception as error:  # onnxruntime's own exceptions have no public base class
         _open_on_cpu(graph, 1)  # raises if it is the graph that is at fault
-        raise ProviderError(_reason(error)) from error
+        raise _unusable(error) from error
     if session.get_providers()[0] != NAMES[provider]:
         raise ProviderError(f"the session would run on {session.get_providers()[0]}{said}")
     _warn_of_others(session, provider)
@@ -179,10 +189,10 @@ def _session_options(threads: int, *, records_places: bool = False) -> Any:
     return options
 
 
-def _reason(error: Exception) -> str:
+def _unusable(error: Exception) -> ProviderError | DeviceLost:
     """Without the signatures of onnxruntime's functions, of which a failure of CUDA brings two."""
     failure = re.search(r"CUDA failure \d+: [^;]*\w", str(error))
-    return failure[0] if failure else str(error)
+    return (DeviceLost if is_lost(error) else ProviderError)(failure[0] if failure else str(error))
 
 
 @cache
@@ -274,6 +284,7 @@ class BoundSession:
 
     Raises:
         ProviderError: there is not enough memory.
+        DeviceLost: no run will succeed any more.
     """
 
     def __init__(
@@ -284,7 +295,7 @@ class BoundSession:
             with CHANGES:
                 self._places = {size: self._place(size, id_, device) for size, id_ in graph_ids.items()}
         except Exception as error:  # onnxruntime's own exceptions have no public base class
-            raise ProviderError(_reason(error)) from error
+            raise _unusable(error) from error
 
     def _place(self, size: int, graph_id: int, device: str) -> _Place:
         (images,), (logits,) = self._session.get_inputs(), self._session.get_outputs()
@@ -308,6 +319,7 @@ class BoundSession:
         Raises:
             ValueError: no place was made for such a batch.
             DeviceLost: no run will succeed any more.
+            DeviceInDoubt: perhaps none will.
         """
         (images_NHWC,) = inputs.values()
         place = self._places.get(len(images_NHWC))
@@ -323,6 +335,8 @@ class BoundSession:
         except Exception as error:  # onnxruntime's own exceptions have no public base class
             if is_lost(error):
                 raise DeviceLost(str(error)) from error
+            if LIBRARY_FAILURE.search(str(error)):
+                raise DeviceInDoubt(str(error)) from error
             raise
 
     def close(self) -> None:

@@ -22,6 +22,7 @@ from service.gpu import Gpus
 from service.inference import ArtifactError
 from service.metrics import Metrics
 from service.models import Model
+from service.providers import DeviceLost
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,6 @@ class Repository:
         """Why this process cannot go on; empty as long as it can."""
         self._decode_threads = ThreadPoolExecutor(settings.decode_threads, "decode")
         self.metrics = Metrics(
-            batch_sizes=settings.batch_sizes,
             n_waiting=lambda: sum(model.n_waiting for model in self._versions.values()),
             slowdown=lambda: max((model.slowdown for model in self._versions.values()), default=1.0),
             reserve_s=lambda: max((model.reserve_s for model in self._versions.values()), default=0.0),
@@ -177,7 +177,8 @@ class Repository:
     async def load(self, name: str, version: str = "", *, keep_others: bool = False) -> None:
         """Load a version from the repository; it answers from then on where no version is named.
 
-        Goes on in the background if the caller is cancelled. A failure changes nothing in what is served.
+        Goes on in the background if the caller is cancelled. A failure changes nothing in what is served,
+        unless the GPU is lost by it: then nothing is served any more.
 
         Args:
             name: Of the model's folder.
@@ -206,10 +207,14 @@ class Repository:
         self._is_leaving = True
 
     def _break(self, why: str) -> None:
-        """Be ready for nobody: what runs one model runs all of them."""
+        """Be ready for nobody, and take nobody in: what runs one model runs all of them."""
+        if self.broken:
+            return
         self.broken = why
         self.announce_stop()
         logger.critical("This process cannot go on: %s", why)
+        for model in self._versions.values():
+            model.give_up(why)
 
     async def drain(self) -> None:
         """Take no more requests and settle those that are here, bounded by the setting `drain_timeout_s`."""
@@ -285,6 +290,9 @@ class Repository:
                 model = await models.load(self._settings, folder, rest=REST)
         except ArtifactError as error:
             raise NotLoadable(str(error)) from error
+        except DeviceLost as error:  # by those who serve as well
+            self._break(f"the GPU is lost: {error}")
+            raise NotLoadable(f"The GPU is lost, and this server ends: {error}") from error
         except TimeoutError as error:
             raise NotLoadable(f"Loading took more than {timeout_s:g} s: set load_timeout_s.") from error
         if (model.name, model.version) != key:
@@ -329,6 +337,7 @@ class Repository:
             sha256=model.sha256,
             provider=model.provider,
             columns=[rung.column for rung in model.manifest.rungs],
+            batch_sizes=model.profile.batch_sizes,
             accuracy={one.columns: one.accuracy for one in model.manifest.combinations},
         )
 

@@ -307,7 +307,8 @@ class Settings(BaseSettings):
         0.4,
         ge=0,
         description="Part of each budget kept for building and writing the answer, until the server has seen "
-        "how long that takes. Larger: fewer late answers at first.",
+        "how long that takes; an answer that waits to be refined is sent when twice that is left. Larger: "
+        "fewer late answers at first.",
     )
     max_overhead_reserve_ms: float = Field(
         5.0,
@@ -431,14 +432,15 @@ class Settings(BaseSettings):
         3.0,
         ge=0,
         description="On a CPU, first answers that are predicted to take no longer are not handed over to a "
-        "thread, and wait for no refinement there. Larger: less to do for two cores that also serve the "
-        "network, but the server is deaf for so long.",
+        "thread, and wait for no refinement there; while the event loop is busy, no more requests share such "
+        "a run than it can be brief for. Larger: less to do for two cores that also serve the network, but "
+        "the server is deaf for so long.",
     )
-    batch_sizes: Annotated[tuple[int, ...], NoDecode] = Field(
-        (1, 2, 4, 8),
+    batch_sizes: Annotated[tuple[int, ...] | None, NoDecode] = Field(
+        None,
         description="Batch sizes that are warmed up and measured, e.g. `1,2,4,8`. Larger ones: more "
-        "throughput where "
-        "batching pays (GPUs), longer start-up.",
+        "throughput where batching pays (GPUs), longer start-up; empty: `1,2,4,8` on a CPU, "
+        "`1,2,4,8,16,32,64` on a GPU.",
     )
     profile_seconds: float = Field(
         3.0,
@@ -461,8 +463,8 @@ class Settings(BaseSettings):
         3,
         ge=1,
         description="Failed runs of one column in a row after which, if a blank picture fails, too, the "
-        "server ends with status 70, to be started anew; of what CUDA calls final, one is enough. Larger: "
-        "more requests fail before that.",
+        "server ends with status 70, to be started anew; of what CUDA calls final, one is enough, and of "
+        "what may come of that, one and a blank picture. Larger: more requests fail before that.",
     )
     run_timeout_s: float = Field(
         30.0,
@@ -541,14 +543,14 @@ class Settings(BaseSettings):
 
     @field_validator("batch_sizes")
     @classmethod
-    def _ascending_from_one(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if not value or value[0] != 1 or list(value) != sorted(set(value)):
+    def _ascending_from_one(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is not None and (value[:1] != (1,) or list(value) != sorted(set(value))):
             raise ValueError("must start at 1 and ascend, e.g. 1,2,4,8")
         return value
 
     @field_validator(
         *("own_port", "grpc_port", "profile_cache", "model_repository", "api_keys_file", "admin_keys_file"),
-        *("tensorrt_cache", "keep_warm_ms"),
+        *("tensorrt_cache", "keep_warm_ms", "batch_sizes"),
         *("tls_certificate", "tls_key", "tls_client_ca"),
         mode="before",
     )

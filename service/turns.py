@@ -13,6 +13,11 @@ LEAST_WAIT_S = 1e-4
 its answer finds the loop putting things away."""
 
 
+def has_waited(waited_s: float) -> bool:
+    """Whether who lay in the socket for so long [s] found the event loop at work for others."""
+    return waited_s > LEAST_WAIT_S
+
+
 class Turn:
     """What is read in one turn of the event loop.
 

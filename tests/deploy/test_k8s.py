@@ -15,6 +15,7 @@ import yaml
 
 from deploy.k8s import prometheusrule
 from service.access import is_probe
+from service.models import CPU_BATCH_SIZES, GPU_BATCH_SIZES
 from service.settings import PREFIX, Settings
 from tests.deploy import queries
 from tests.deploy.test_rules import RECORDED
@@ -403,12 +404,8 @@ def test_both_autoscalers_want_the_same(keda: dict[str, tuple[Object, ...]]) -> 
             *(scaled["minReplicaCount"], scaled["maxReplicaCount"]),
         )
         assert hpa["scaleTargetRef"] == scaled["scaleTargetRef"]
-        full_batch = int(
-            settings(built(f"overlays/{name}")).get("ANYTIME_BATCH_SIZES", "8").rpartition(",")[2]
-        )
-        assert targets[0] == full_batch
-        assert full_batch == 8 or name == "gpu"
-    assert Settings.model_fields["batch_sizes"].default[-1] == 8
+        assert "ANYTIME_BATCH_SIZES" not in settings(built(f"overlays/{name}"))
+        assert targets[0] == (GPU_BATCH_SIZES if name == "gpu" else CPU_BATCH_SIZES)[-1]
 
 
 def quantity(target: Object) -> float:

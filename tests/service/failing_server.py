@@ -1,6 +1,6 @@
 """A whole server, on a GPU that is not there, which fails when the process is sent SIGUSR1.
 
-    python -m tests.service.failing_server {lost,failing,hanging} SETTING...
+    python -m tests.service.failing_server {lost,doubtful,failing,hanging} SETTING...
 
 What a test cannot do to a server in its own process: see it end, and with which status.
 """
@@ -25,6 +25,8 @@ def main(way: str, arguments: list[str]) -> int:
         match way:
             case "lost":
                 cuda.run_error = "CUDA failure 700: an illegal memory access was encountered ; GPU=0"
+            case "doubtful":
+                cuda.run_error = "CUDNN failure 5000: CUDNN_STATUS_EXECUTION_FAILED ; GPU=0"
             case "failing":
                 cuda.run_error = "CUDA failure 2: out of memory ; GPU=0"
             case _:

@@ -21,7 +21,7 @@ from service.inference import Inference, Preemption
 from service.ladder import Ladder
 from service.latency import Latency, LatencyProfile, LiveProfile, Reserve
 from service.policies import POLICY_NAMES, PolicyName, named
-from service.providers import DeviceLost
+from service.providers import DeviceInDoubt, DeviceLost
 from service.scheduling import HOPE, Admission, Anytime, Plan, Policy
 from service.waiting import NO_TRAFFIC, Queue, TicketT, Traffic
 from tests.fakes import (
@@ -842,7 +842,7 @@ async def test_an_answer_in_hand_leaves_before_a_brief_run_would_make_it_late() 
 async def test_a_column_in_doubt_is_not_run_for_callers_beside_a_refinement() -> None:
     bench = beside()
     patient = bench.submit(1, 0.050)
-    bench.engine._health._in_a_row["1"] = N_FAILURES
+    bench.engine._health.failed("1", IN_DOUBT, is_final=False, may_be_final=True)
     newcomer = bench.submit(2, 0.050)
     assert [column for _, column, _ in bench.processor.runs].count("1") == 1
     assert (await newcomer.settled).columns_run[0] == "1"
@@ -892,8 +892,8 @@ def crowd(bench: Bench) -> None:
             bench.engine.check_admission(bench.now(), bench.now() + 0.0001, has_waited=True)
 
 
-def crowded(brief_s: float) -> Bench:
-    bench = Bench(brief_s=brief_s)
+def crowded(brief_s: float, behaviours: tuple[Behaviour, ...] = ()) -> Bench:
+    bench = Bench(brief_s=brief_s, behaviours=behaviours)
     crowd(bench)
     return bench
 
@@ -927,6 +927,84 @@ async def test_while_the_loop_is_busy_those_who_are_here_share_one_beside_a_refi
     assert [batch for _, column, batch in bench.processor.runs if column == "1"] == [(1,), (2, 3)]
     assert (await patient.settled).columns_run[1] == refinement
     assert bench.processor.n_preempted == 0
+
+
+@pytest.mark.parametrize("behaviour", ["raises", "short"])
+def test_a_shared_brief_run_that_fails_fails_those_who_shared_it_alone(behaviour: Behaviour) -> None:
+    async def test() -> None:
+        bench = crowded(brief_s=0.0015, behaviours=(behaviour,))
+        requests = [submit_having_waited(bench, identity) for identity in (1, 2, 3)]
+        assert [(await one.settled).outcome for one in requests] == ["failed", "failed", "answered"]
+        assert [batch for *_, batch in bench.processor.runs] == [(1, 2), (3,)]
+        assert (bench.failed_runs, bench.broken, bench.engine.n_waiting) == (["1"], [], 0)
+
+    run_in_virtual_time(test)
+
+
+@in_virtual_time
+async def test_a_shared_brief_run_that_loses_the_processor_turns_the_others_away() -> None:
+    bench = crowded(brief_s=0.0015, behaviours=(LOST,))
+    requests = [submit_having_waited(bench, identity) for identity in (1, 2, 3)]
+    assert [(await one.settled).outcome for one in requests] == ["failed", "failed", "stopped"]
+    assert len(bench.broken) == 1
+
+
+@in_virtual_time
+async def test_those_who_wait_for_others_when_it_stops_are_turned_away() -> None:
+    bench = beside()
+    patient = bench.submit(1, 0.050)
+    crowd(bench)
+    newcomers = [submit_having_waited(bench, identity, 0.0045) for identity in (2, 3)]
+    n_runs = len(bench.processor.runs)
+    await bench.engine.stop(1.0)
+    assert [(await one.settled).outcome for one in newcomers] == ["stopped", "stopped"]
+    assert (await patient.settled).outcome == "answered"
+    await asyncio.sleep(1)
+    assert (len(bench.processor.runs), bench.processor.n_brief) == (n_runs, 1)
+
+
+@in_virtual_time
+async def test_those_who_share_a_brief_run_are_told_their_own_answers_as_they_are_there() -> None:
+    bench = crowded(brief_s=0.0015)
+    told: list[tuple[int, int, Served]] = []
+
+    def submit(identity: int) -> Request:
+        return bench.engine.submit(
+            picture(identity),
+            arrived_s=bench.now(),
+            deadline_s=bench.now() + 0.050,
+            has_waited=True,
+            on_rung=lambda served: told.append((identity, bench.processor.n_brief, served)),
+        )
+
+    requests = [submit(identity) for identity in (1, 2, 3)]
+    for request in requests:
+        await request.settled
+    first = [(identity, n_brief) for identity, n_brief, served in told if served.columns_run == ("1",)]
+    assert first == [(1, 1), (2, 1), (3, 2)]
+    for identity, _, served in told:
+        assert (served.outcome, served.stopped_by, served.runs[0].n_images) == (
+            *("answered", None),
+            2 if identity < 3 else 1,
+        )
+        assert served.probabilities_K is not None
+        assert served.probabilities_K.argmax() == identity
+
+
+@in_virtual_time
+async def test_who_is_told_an_answer_may_have_another_leave_who_shares_the_run() -> None:
+    bench = crowded(brief_s=0.0015)
+    requests: list[Request] = []
+    now_s = bench.now()
+    for identity, on_rung in ((1, lambda _: bench.engine.leave(requests[1])), (2, None)):
+        requests.append(
+            bench.engine.submit(
+                picture(identity), arrived_s=now_s, deadline_s=0.050, has_waited=True, on_rung=on_rung
+            )
+        )
+    assert [(await one.settled).outcome for one in requests] == ["answered", "disconnected"]
+    assert [batch for _, column, batch in bench.processor.runs if column == "1"] == [(1, 2)]
+    assert (bench.failed_runs, bench.engine.n_waiting) == ([], 0)
 
 
 @in_virtual_time
@@ -1195,8 +1273,9 @@ arrivals = st.lists(
 )
 FAILS: Behaviour = "raises"
 LOST = DeviceLost("CUDA failure 700: an illegal memory access was encountered")
+IN_DOUBT = DeviceInDoubt("CUDNN failure 5000: CUDNN_STATUS_EXECUTION_FAILED")
 behaviours = st.lists(
-    st.sampled_from([*["good"] * 12, *["raises"] * 3, *["short"] * 3, LOST]), max_size=30
+    st.sampled_from([*["good"] * 12, *["raises"] * 3, *["short"] * 3, IN_DOUBT, LOST]), max_size=30
 ).map(tuple)
 keep_warm = st.sampled_from([0.0, 0.002])
 preemption = st.sampled_from([math.inf, PREEMPTION_S])
@@ -1465,11 +1544,12 @@ async def test_whoever_cannot_wait_for_that_run_is_refused_at_once() -> None:
 
 
 @in_virtual_time
-async def test_what_keeps_it_warm_is_counted_nowhere_and_teaches_nothing() -> None:
-    bench = Bench(keep_warm_s=0.1, duration_s=lambda *_: 0.040)
+async def test_what_keeps_it_warm_is_counted_only_if_it_fails_and_teaches_nothing() -> None:
+    bench = Bench(keep_warm_s=0.1, duration_s=lambda *_: 0.040, behaviours=("good", "good", FAILS))
     await asyncio.sleep(1)
     assert len(blank_runs_s(bench)) > 3
     assert (bench.observed, bench.profile.slowdown) == ([], 1.0)
+    assert bench.failed_runs == ["1"]
 
 
 @in_virtual_time
@@ -1498,6 +1578,42 @@ async def test_a_lost_gpu_fails_its_run_and_turns_everybody_else_away_at_once() 
     assert bench.broken == [f"the GPU is lost: {LOST}"]
     await bench.engine.stop(1.0)
     assert (len(bench.processor.runs), len(bench.broken)) == (1, 1)
+
+
+@pytest.mark.parametrize("again", [IN_DOUBT, LOST, FAILS])
+def test_a_gpu_that_may_be_lost_is_tried_at_once_and_is_if_that_fails(again: Behaviour) -> None:
+    async def test() -> None:
+        bench = Bench(behaviours=(IN_DOUBT, again))
+        running, waiting = await bench.begin(1, 0.050), bench.submit(2, 0.050)
+        assert (await running.settled).outcome == "failed"
+        assert bench.broken == []
+        assert (await waiting.settled).outcome == "stopped"
+        assert [batch for _, _, batch in bench.processor.runs] == [(1,), ()]
+        assert len(bench.broken) == 1
+
+    run_in_virtual_time(test)
+
+
+@in_virtual_time
+async def test_a_gpu_that_might_have_been_lost_and_is_not_goes_on() -> None:
+    bench = Bench(behaviours=(IN_DOUBT, "good") * N_FAILURES)
+    for identity in range(N_FAILURES):
+        assert (await bench.submit(identity, 0.050).settled).outcome == "failed"
+    assert (await bench.submit(9, 0.050).settled).columns_run == ("1", "2", "3")
+    assert len(blank_runs_s(bench)) == N_FAILURES
+    assert bench.broken == []
+
+
+@in_virtual_time
+async def test_a_gpu_that_somebody_else_has_lost_turns_everybody_away_at_once() -> None:
+    bench = Bench()
+    running, waiting = await bench.begin(1, 0.050), bench.submit(2, 0.050)
+    bench.engine.give_up("somebody said so")
+    assert waiting.settled.result().outcome == "stopped"
+    with pytest.raises(Stopped):
+        bench.submit(3, 0.050)
+    assert (await running.settled).outcome == "answered"
+    assert bench.broken == ["somebody said so"]
 
 
 @in_virtual_time

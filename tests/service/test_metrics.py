@@ -71,7 +71,6 @@ class ThreeGpus(Gpus):
 @pytest.fixture
 def metrics() -> Metrics:
     metrics = Metrics(
-        batch_sizes=[1, 4],
         n_waiting=lambda: 3,
         slowdown=lambda: 1.5,
         reserve_s=lambda: 0.0004,
@@ -83,6 +82,7 @@ def metrics() -> Metrics:
         sha256="0",
         provider="cpu",
         columns=["1", "2"],
+        batch_sizes=[1, 4],
         accuracy={("1",): 0.8, ("1", "2"): 0.9},
     )
     return metrics
@@ -231,6 +231,19 @@ def test_recording_never_adds_a_series(metrics: Metrics) -> None:
 
 
 # ---- what is said of requests ----
+
+
+def test_models_with_larger_batches_are_counted_beside_others_with_smaller_ones(metrics: Metrics) -> None:
+    for name, column, batch_sizes in (("large", "1", [1, 4, 16]), ("small", "3", [1])):
+        metrics.add_model(
+            name, "1", sha256="0", provider="cpu", columns=[column], batch_sizes=batch_sizes, accuracy={}
+        )
+    for n_images in (1, 3, 5):
+        metrics.observe_run("1", n_images, 0.001, 1.0)
+    told = series(metrics)
+    counts = [told[f'anytime_inference_seconds_count{{batch="{n}",column="1"}}'] for n in (1, 4, 16)]
+    assert counts == [1, 1, 1]
+    assert 'anytime_inference_seconds_count{batch="4",column="3"}' not in told
 
 
 def test_sub_millisecond_latencies_are_told_apart(metrics: Metrics) -> None:

@@ -2,18 +2,22 @@
 
 import asyncio
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from service import models, providers
+from service.errors import NotLoadable, Stopped
 from service.inference import ProviderUnavailable
 from service.models import Model
 from service.repository import Repository
-from service.settings import Settings, load
+from service.settings import Settings
 from tests.service.conftest import BATCH_SIZES
 from tests.service.fake_cuda import FakeCuda, install
+
+LOST = "CUDA failure 700: an illegal memory access was encountered ; GPU=0 ; hostname=here"
 
 
 @pytest.fixture
@@ -110,6 +114,63 @@ def test_a_gpu_is_kept_warm_and_a_processor_only_if_that_is_asked_for(
     assert asyncio.run(opened()) == expected_s
 
 
-def test_an_empty_interval_is_left_to_the_provider(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ANYTIME_KEEP_WARM_MS", "")
-    assert load().keep_warm_ms is None
+@pytest.mark.parametrize(
+    ("provider", "chosen", "expected"),
+    [
+        ("cpu", None, (1, 2, 4, 8)),
+        ("auto", None, (1, 2, 4, 8, 16, 32, 64)),
+        ("cuda", None, (1, 2, 4, 8, 16, 32, 64)),
+        ("cuda", (1, 3), (1, 3)),
+        ("cpu", (1, 16), (1, 16)),
+    ],
+)
+def test_batches_are_as_large_as_pays_on_what_was_taken_unless_that_is_chosen(
+    cuda: FakeCuda, artifact: Path, provider: Any, chosen: tuple[int, ...] | None, expected: tuple[int, ...]
+) -> None:
+    settings = Settings(profile_cache=None, profile_seconds=0.01, batch_sizes=chosen, provider=provider)
+    model = asyncio.run(models.load(settings, artifact))
+    model.close()
+    assert model.profile.batch_sizes == expected
+    assert all(max(map(len, session.images)) == expected[-1] for session in cuda.sessions)
+
+
+def test_where_no_gpu_works_batches_are_those_of_the_cpu(cuda: FakeCuda, artifact: Path) -> None:
+    cuda.open_error = "CUDA failure 35: CUDA driver version is insufficient ; GPU=-1"
+    settings = Settings(profile_cache=None, profile_seconds=0.01, provider="auto")
+    model = asyncio.run(models.load(settings, artifact))
+    model.close()
+    assert model.profile.batch_sizes == (1, 2, 4, 8)
+
+
+@pytest.mark.parametrize("way", ["open", "run"])
+def test_a_gpu_that_is_lost_at_the_start_is_one_that_does_not_work(
+    cuda: FakeCuda, artifact: Path, caplog: pytest.LogCaptureFixture, way: str
+) -> None:
+    setattr(cuda, f"{way}_error", LOST)
+    with pytest.raises(ProviderUnavailable, match=r"failure 700.*ANYTIME_PROVIDER=cpu"):
+        loaded(artifact, provider="cuda")
+    assert loaded(artifact, provider="auto").provider == "cpu"
+    assert "everything will run on the CPU" in caplog.text
+
+
+@pytest.mark.parametrize("way", ["open", "run"])
+def test_a_gpu_that_is_lost_while_a_version_is_loaded_is_lost_to_those_who_serve(
+    cuda: FakeCuda, artifact: Path, tmp_path: Path, way: str
+) -> None:
+    """Also with `auto`: the version is not loaded on the CPU instead."""
+    chosen: dict[str, Any] = {"profile_seconds": 0.01, "batch_sizes": BATCH_SIZES, "keep_warm_ms": 0}
+    settings = Settings(profile_cache=None, model_repository=tmp_path, **chosen)
+    shutil.copytree(artifact, tmp_path / "toy" / "7")
+
+    async def lose() -> None:
+        repository = Repository(settings, await models.load(settings, artifact))
+        async with repository.serving():
+            setattr(cuda, f"{way}_error", LOST)
+            with pytest.raises(NotLoadable, match=r"The GPU is lost, and this server ends: .*failure 700"):
+                await repository.load("toy")
+            assert not repository.is_ready
+            assert repository.broken.startswith("the GPU is lost: ")
+            with pytest.raises(Stopped):
+                repository.model().engine.check_admission(0.0, 1e9)
+
+    asyncio.run(lose())

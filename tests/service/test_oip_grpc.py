@@ -29,10 +29,10 @@ from service.access import Access, new_key
 from service.errors import Problem
 from service.exchange import Room
 from service.inference import Inference
-from service.oip_grpc import CODES, GrpcServer, _address, _Calls
+from service.oip_grpc import CODES, SERVICE, GrpcServer, _address, _Calls
 from service.record import Journal
 from service.settings import Settings, SettingsError
-from service.turns import Turns
+from service.turns import LEAST_WAIT_S, Turns
 from tests.service import toy_artifact
 from tests.service.conftest import (
     BATCH_SIZES,
@@ -626,6 +626,19 @@ def test_the_event_loop_s_turns_are_told_of_a_call(server: Running, monkeypatch:
     details = SimpleNamespace(method="unknown", invocation_metadata=())
     assert calls.service(cast("grpc.HandlerCallDetails", details)) is None
     assert noted_s == [5.0]
+
+
+@pytest.mark.parametrize("worked_s", [LEAST_WAIT_S, 1.1 * LEAST_WAIT_S])
+def test_a_call_that_found_the_loop_at_work_is_known_as_such(
+    server: Running, monkeypatch: pytest.MonkeyPatch, worked_s: float
+) -> None:
+    chosen, turns, journal = Settings(_env_file=None), Turns(), Journal(server.repository.metrics)
+    monkeypatch.setattr(turns, "mark", lambda _: worked_s)
+    calls = _Calls(chosen, server.repository, Access(chosen), Room(1), journal, turns, lambda: 5.0)
+    details: Any = SimpleNamespace(method=f"{SERVICE}ServerLive", invocation_metadata=())
+    handler: Any = calls.service(details)
+    _, record, _ = handler.stream_unary.args
+    assert record.has_waited == (worked_s > LEAST_WAIT_S)
 
 
 def test_without_grpc_nothing_of_it_is_imported() -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 
 from service import providers
 from service.inference import Inference, ProviderUnavailable, load
-from service.providers import BoundSession, DeviceLost, GpuOptions, is_lost
+from service.providers import BoundSession, DeviceInDoubt, DeviceLost, GpuOptions, is_lost
 from tests.service import toy_artifact
 from tests.service.conftest import BATCH_SIZES
 from tests.service.fake_cuda import FakeCuda, install
@@ -27,6 +28,12 @@ ILLEGAL_ADDRESS = (
     "/onnxruntime_src/onnxruntime/core/providers/cuda/cuda_call.cc:154 std::conditional_t<THRW, void> "
     "onnxruntime::CudaCall(ERRTYPE, const char*) CUDA failure 700: an illegal memory access was encountered "
     "; GPU=0 ; hostname=here ; file=cuda_graph.cc ; line=120 ; expr=cudaStreamSynchronize(stream_); "
+)
+
+CUDNN_FAILURE = (
+    "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running Conv node. Name:'' Status "
+    "Message: CUDNN failure 5000: CUDNN_STATUS_EXECUTION_FAILED ; GPU=0 ; hostname=here ; file=conv.cc ; "
+    "line=470 ; expr=cudnnConvolutionForward(cudnn_handle, &alpha); "
 )
 
 
@@ -60,10 +67,13 @@ def test_a_session_that_onnxruntime_moved_elsewhere_is_refused(
 
 
 def test_a_gpu_that_fails_is_not_taken_for_a_bad_graph(cuda: FakeCuda, artifact: Path) -> None:
+    cuda.open_error = ILLEGAL_ADDRESS.replace(
+        "700: an illegal memory access was encountered", "2: out of memory"
+    )
+    with pytest.raises(ProviderUnavailable, match=r"\(CUDA failure 2: out of memory\)"):
+        on_gpu(artifact)
     cuda.open_error = ILLEGAL_ADDRESS
-    with pytest.raises(
-        ProviderUnavailable, match=r"\(CUDA failure 700: an illegal memory access was encountered\)"
-    ):
+    with pytest.raises(DeviceLost, match=r"^CUDA failure 700: an illegal memory access was encountered$"):
         on_gpu(artifact)
 
 
@@ -101,6 +111,9 @@ def test_a_gpu_on_which_columns_do_not_run_is_refused(cuda: FakeCuda, artifact: 
     loaded = on_gpu(artifact)
     cuda.run_error = "CUDA failure 209: no kernel image is available for execution on the device"
     with pytest.raises(ProviderUnavailable, match=r"Column 1 cannot be run on 1 images.*failure 209"):
+        loaded.warm_up(BATCH_SIZES)
+    cuda.run_error = ILLEGAL_ADDRESS
+    with pytest.raises(DeviceLost, match=r"Column 1 cannot be run on 1 images.*failure 700"):
         loaded.warm_up(BATCH_SIZES)
 
 
@@ -318,14 +331,23 @@ def test_errors_that_only_a_new_process_gets_over_are_told_from_others(message: 
 
 
 @pytest.mark.parametrize(
-    ("message", "raised"), [(ILLEGAL_ADDRESS, DeviceLost), ("CUDA failure 2: out of memory", RuntimeError)]
+    ("message", "raised"),
+    [
+        (ILLEGAL_ADDRESS, DeviceLost),
+        (f"{CUDNN_FAILURE} {ILLEGAL_ADDRESS}", DeviceLost),
+        (CUDNN_FAILURE, DeviceInDoubt),
+        ("CUDNN_FE failure 11: CUDNN_BACKEND_API_FAILED ; GPU=0", DeviceInDoubt),
+        ("CUBLAS failure 13: CUBLAS_STATUS_EXECUTION_FAILED ; GPU=0 ; line=700", DeviceInDoubt),
+        ("TensorRT EP execution context enqueue failed.", DeviceInDoubt),
+        ("CUDA failure 2: out of memory", RuntimeError),
+    ],
 )
-def test_a_run_says_when_the_gpu_is_lost(
+def test_a_run_says_when_the_gpu_is_lost_or_may_be(
     cuda: FakeCuda, artifact: Path, message: str, raised: type[Exception]
 ) -> None:
     loaded = on_gpu(artifact)
     cuda.run_error = message
-    with pytest.raises(raised, match="CUDA failure"):
+    with pytest.raises(raised, match=re.escape(message)):
         loaded.run("1", IMAGES_NHWC[:1])
     cuda.run_error = ""
     assert loaded.run("1", IMAGES_NHWC[:1]).shape == (1, 5)  # the lock was given back

@@ -50,7 +50,6 @@ def test_several_pictures_are_one_request_that_ends_with_the_last_of_them() -> N
 
 def test_at_its_end_a_record_keeps_what_became_of_pictures_and_not_the_pictures() -> None:
     metrics = Metrics(
-        batch_sizes=(1,),
         n_waiting=lambda: 0,
         slowdown=lambda: 1.0,
         reserve_s=lambda: 0.0,

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from service.access import new_key
 from service.serving import BROKEN
 from tests.service import toy_artifact
 
@@ -130,6 +132,31 @@ def test_a_gpu_that_is_lost_while_nobody_asks_is_noticed(start: Callable[..., Pr
     server = start("lost", "--keep-warm-ms", "20")
     server.fail()
     assert server.ended() == BROKEN
+
+
+def test_a_gpu_that_is_lost_while_a_version_is_loaded_ends_the_server(
+    start: Callable[..., Process], artifact: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(artifact, tmp_path / "toy" / "7")
+    key, hash_ = new_key()
+    server = start(
+        *("lost", "--keep-warm-ms", "0", "--batch-sizes", "1,2"),
+        *("--model-repository", str(tmp_path), "--admin-keys", hash_),
+    )
+    server.fail()
+    refused = server.client.post("/v2/repository/models/toy/load", headers={"authorization": f"Bearer {key}"})
+    assert "The GPU is lost, and this server ends" in refused.text
+    assert server.is_ready() is False
+    assert server.ended() == BROKEN
+    assert server.said.count("This process cannot go on: the GPU is lost") == 1
+
+
+def test_a_gpu_that_may_be_lost_is_tried_after_the_first_failure(start: Callable[..., Process]) -> None:
+    server = start("doubtful", "--keep-warm-ms", "0")
+    server.fail()
+    assert server.ask() == 500
+    assert server.ended() == BROKEN
+    assert "column 1 failed 2 times in a row, at last on a blank picture: CUDNN failure 5000" in server.said
 
 
 def test_a_gpu_that_fails_again_and_again_is_broken(start: Callable[..., Process]) -> None:

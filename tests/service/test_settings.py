@@ -86,7 +86,7 @@ def test_names_and_defaults_are_frozen() -> None:
         "prefer_nhwc": False,
         "keep_warm_ms": None,
         "brief_run_ms": 3.0,
-        "batch_sizes": (1, 2, 4, 8),
+        "batch_sizes": None,
         "profile_seconds": 3.0,
         "profile_quantile": 0.8,
         "failed_runs_until_restart": 3,
@@ -115,6 +115,12 @@ def test_an_empty_cache_folder_disables_it(monkeypatch: pytest.MonkeyPatch, name
     assert getattr(load(), name) is None
 
 
+@pytest.mark.parametrize("name", ["keep_warm_ms", "batch_sizes"])
+def test_what_is_empty_is_left_to_the_provider(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(f"ANYTIME_{name.upper()}", "")
+    assert getattr(load(), name) is None
+
+
 def test_an_unknown_variable_refuses_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANYTIME_BUDGET_MS", "5")
     with pytest.raises(SettingsError, match="ANYTIME_BUDGET_MS: remove it or correct its name"):
@@ -136,6 +142,7 @@ def test_variables_that_kubernetes_sets_are_named_as_such(monkeypatch: pytest.Mo
         ("PROVIDER", "tpu", "ANYTIME_PROVIDER"),
         ("BATCH_SIZES", "2,4", "start at 1"),
         ("BATCH_SIZES", "1,4,2", "ascend"),
+        ("BATCH_SIZES", ",", "start at 1"),
         ("DEFAULT_BUDGET_MS", "0.01", "min_budget_ms <= default_budget_ms"),
         ("WRITE_RESERVE_MS", "1", "write_reserve_ms <= overhead_reserve_ms"),
         ("OVERHEAD_RESERVE_MS", "6", "overhead_reserve_ms <= max_overhead_reserve_ms"),
