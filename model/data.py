@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 DOWNLOAD_TIMEOUT_S = 60.0
+N_HELD_OUT = 5000
+"""Images for every choice that is made. Larger: choices are surer, and less is learned from."""
 CHUNK = 1000  # images turned into floats at once
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
@@ -69,6 +71,8 @@ class Dataset:
         test: The official test set; it decides nothing.
         mean_C: Mean of each channel over `train`, of values 0 to 1.
         std_C: Standard deviation likewise.
+        split_seed: Decided which images are held out.
+        n_held_out: How many, when it was read.
     """
 
     name: str
@@ -78,6 +82,8 @@ class Dataset:
     test: Split
     mean_C: Tensor
     std_C: Tensor
+    split_seed: int = 0
+    n_held_out: int = N_HELD_OUT
 
     def normalise(self, images_NCHW: Tensor) -> Tensor:
         """uint8 -> float32 of mean 0 and deviation 1 over the training set."""
@@ -131,7 +137,7 @@ _SVHN = {
 }
 
 
-def load(name: str, folder: Path, *, size: int = 32, n_held_out: int = 5000, seed: int = 0) -> Dataset:
+def load(name: str, folder: Path, *, size: int = 32, n_held_out: int = N_HELD_OUT, seed: int = 0) -> Dataset:
     """Read a dataset, downloading it into `folder` where it is missing.
 
     Args:
@@ -156,7 +162,8 @@ def load(name: str, folder: Path, *, size: int = 32, n_held_out: int = 5000, see
         raise DataError(f"{len(train)} training images are too few to hold any out: give at least 10")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     held_out, kept = train[order[:n_held_out]], train[order[n_held_out:]]
-    return Dataset(name, labels, kept, held_out, test, *_mean_and_deviation(kept.images_NCHW))
+    mean_C, std_C = _mean_and_deviation(kept.images_NCHW)
+    return Dataset(name, labels, kept, held_out, test, mean_C, std_C, seed, n_held_out)
 
 
 def _mean_and_deviation(images_NCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,8 +244,14 @@ def _read_cifar(
             )
         try:  # beside, then renamed: what was cut off is never taken for whole
             with tempfile.TemporaryDirectory(dir=folder) as beside, tarfile.open(path) as tar:
-                tar.extractall(beside, filter="data")
-                Path(beside, inside).replace(root)
+                unpacked = Path(beside, inside)
+                unpacked.mkdir()
+                for name in (*train, test, meta):
+                    # Members by name: what else is inside is not wanted, and a filter is not in every 3.11.
+                    member = cast(IO[bytes], tar.extractfile(f"{inside}/{name}"))
+                    with member, (unpacked / name).open("wb") as file:
+                        shutil.copyfileobj(member, file)
+                unpacked.replace(root)
         except OSError as error:
             raise DataError(f"{path} cannot be unpacked ({error}): is there room in {folder}?") from error
     labels_key, names_key = keys

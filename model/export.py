@@ -240,7 +240,7 @@ def export(
             "held_out": {
                 "n": calibration.n_held_out,
                 "from": "train",
-                "seed": kept.seed,
+                "seed": kept.split_seed,
                 "note": "5-fold cross-fitted",
             },
             "test": _test(calibration, test, dataset.test.labels_N),

@@ -366,8 +366,9 @@ def initialise(net: FractalNet, how: Initialisation, images_NCHW: Tensor | None 
 
     Args:
         net: The network.
-        how: "xavier" as the authors'; "dirac" makes each convolution begin as the identity on its first
-            channels (https://github.com/KellerJordan/cifar10-airbench).
+        how: "xavier" as the authors', whose framework scales by what comes in alone; "dirac" makes each
+            convolution begin as the identity on its first channels
+            (https://github.com/KellerJordan/cifar10-airbench).
         images_NCHW: Normalised training images, needed where the stem whitens.
 
     Raises:
@@ -378,7 +379,9 @@ def initialise(net: FractalNet, how: Initialisation, images_NCHW: Tensor | None 
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
-            nn.init.xavier_uniform_(module.weight) if how == "xavier" else module.reset_parameters()
+            module.reset_parameters()
+        if how == "xavier" and isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.kaiming_uniform_(module.weight, nonlinearity="linear")
     if how == "dirac":
         for unit in (m for m in net.modules() if isinstance(m, ConvUnit)):
             nn.init.dirac_(unit.conv.weight[: unit.conv.in_channels])

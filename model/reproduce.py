@@ -11,19 +11,36 @@ Must not know calibration of answers, export or serving.
 import argparse
 import dataclasses
 import json
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Literal, Unpack
 
 import torch
 
 from model import data
-from model.calibrate import recalibrated
-from model.train import RECIPES, Recipe, Run, TrainingError, accuracy, at_least_1, logits, train
+from model.calibrate import recalibrate
+from model.train import (
+    RECIPES,
+    Checkpoint,
+    Recipe,
+    Run,
+    TrainingError,
+    Way,
+    accuracy,
+    add_overrides,
+    add_way,
+    at_least_1,
+    logits,
+    overridden,
+    train,
+    way_of,
+)
 
 BEGIN, END = "<!-- written by model.reproduce -->", "<!-- end of what model.reproduce wrote -->"
 RESULT = "result.json"
@@ -81,28 +98,28 @@ def toy(study: Study) -> Study:
     return dataclasses.replace(study, recipe=small, published={"2": study.published["full"]})
 
 
-def reproduce(
-    study: Study,
+def finished(
+    recipe: Recipe,
     dataset: data.Dataset,
     out: Path,
     *,
     seed: int,
-    bf16: bool,
-    device: str,
     every: int = 1,
-    is_compiled: bool = False,
+    teacher: Checkpoint | None = None,
+    split: Literal["test", "held_out"] = "test",
+    **way: Unpack[Way],
 ) -> Result:
-    """Train one network, or go on with it, and measure it on the test split; what is done is only read.
+    """Train one network, or go on with it, and measure it; what is done is only read.
 
     Args:
-        study: What to train.
+        recipe: What to do.
         dataset: On which images.
         out: Folder of the run.
         seed: As `Run`.
-        bf16: As `Run`.
-        device: As `Run`.
         every: As `train`.
-        is_compiled: As `Run`.
+        teacher: As `Run`, where the recipe asks for one.
+        split: On which images it is measured, after recalibration.
+        way: As `Run`.
 
     Returns:
         `error` by network [%], and how that was made.
@@ -111,27 +128,29 @@ def reproduce(
         TrainingError: as `Run` and `train`, or the run that is there is another one.
         KeyboardInterrupt: after Ctrl-C; the same call goes on.
     """
-    plan = {"recipe": dataclasses.asdict(study.recipe), "seed": seed, "n_train": len(dataset.train)}
+    teacher = teacher if recipe.is_taught_by_another else None
+    plan = {"recipe": dataclasses.asdict(recipe), "seed": seed, "n_train": len(dataset.train), "split": split}
+    plan |= {"teacher": teacher.title} if teacher else {}
     if (out / RESULT).exists():
         done: Result = json.loads((out / RESULT).read_text())
-        if {name: done[name] for name in plan} != json.loads(json.dumps(plan)):
+        if {name: done.get(name) for name in plan} != json.loads(json.dumps(plan)):
             raise TrainingError(f"{out} holds another run: remove it, or give another --out")
         return done
-    run = Run(study.recipe, dataset, out, seed=seed, bf16=bf16, device=device, is_compiled=is_compiled)
+    run = Run(recipe, dataset, out, seed=seed, teacher=teacher, **way)
     if run.checkpoint.exists():
         run.resume()
     train(run, every=every)
-    test = run.dataset.test
-    with torch.no_grad():
-        networks = recalibrated(run.net, run.dataset).networks()
+    networks, measured = run.networks(), getattr(run.dataset, split)
+    for network in networks.values():
+        recalibrate(network, run.dataset)
     error = {
-        name: 100 * (1 - accuracy(logits(network, test, run.dataset.normalise), test.labels_N))
+        name: 100 * (1 - accuracy(logits(network, measured, run.dataset.normalise), measured.labels_N))
         for name, network in networks.items()
     }
     result: Result = {
         **plan,
         "error": error,
-        "n_test": len(test),
+        "n_measured": len(measured),
         "seconds": round(run.seconds, 1),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **run.made_with,
@@ -148,7 +167,7 @@ def table(study: Study, results: Sequence[Result]) -> str:
     hours = mean(result["seconds"] for result in results) / 3600
     about = (
         f"{recipe.architecture} on {study.dataset}, recipe `{name}`, {recipe.epochs} epochs "
-        f"of {first['n_train']} images, {first['n_test']} test images, {len(results)} seeds; "
+        f"of {first['n_train']} images, {first['n_measured']} test images, {len(results)} seeds; "
         f"paper: {study.source}. {first['hardware']}, {first['precision']}, "
         f"torch {first['packages']['torch']}, {hours:.2f} h a run, {first['date'][:10]}."
     )
@@ -169,16 +188,23 @@ def _alike(one: Recipe, other: Recipe) -> bool:
 
 
 def fill(page: Path, text: str) -> None:
-    """Put a text between the marks of a page.
+    """Put sections between the marks of a page; those that are there and are not given stay.
 
     Raises:
-        ValueError: it lacks them.
+        ValueError: it lacks the marks.
     """
     before, begin, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
+    inside, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{page} has no place for the results: put {BEGIN} and {END} into it")
-    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    sections = "\n\n".join((_sections(inside) | _sections(text)).values())
+    page.write_text(f"{before}{BEGIN}\n{sections}\n\n{END}{after}")
+
+
+def _sections(text: str) -> dict[str, str]:
+    """By heading, each from its heading on."""
+    parts = re.split(r"^(?=### )", text, flags=re.MULTILINE)[1:]
+    return {part.splitlines()[0]: part.strip() for part in parts}
 
 
 def _load(study: Study, folder: Path, n_held_out: int, *, is_toy: bool) -> data.Dataset:
@@ -189,39 +215,57 @@ def _load(study: Study, folder: Path, n_held_out: int, *, is_toy: bool) -> data.
     return dataclasses.replace(dataset, **few)
 
 
-def run_all(
-    studies: Sequence[Study],
-    load: Callable[[Study], data.Dataset],
+def each_finished(
+    recipes: Mapping[str, Recipe],
+    load: Callable[[str], data.Dataset],
     out: Path,
     *,
     n_seeds: int,
-    bf16: bool,
-    device: str,
-    page: Path | None,
     every: int = 1,
-    is_compiled: bool = False,
-) -> None:
-    """All studies with one seed before any has two: an interrupted run shows something of each."""
-    results: dict[str, list[Result]] = {study.name: [] for study in studies}
-    for seed in range(n_seeds):
-        for study in studies:
-            folder = out / f"{study.name}-seed-{seed}"
-            results[study.name].append(
-                reproduce(
-                    study,
-                    load(study),
-                    folder,
-                    seed=seed,
-                    bf16=bf16,
-                    device=device,
-                    every=every,
-                    is_compiled=is_compiled,
-                )
+    teacher: Checkpoint | None = None,
+    split: Literal["test", "held_out"] = "test",
+    **way: Unpack[Way],
+) -> Iterator[dict[str, list[Result]]]:
+    """Train all recipes with one seed before any has two: an interrupted call shows something of each.
+
+    Args:
+        recipes: By name; a run's folder has its recipe's name and its seed.
+        load: Gives the data of a recipe, by its name.
+        out: Folder of all runs.
+        n_seeds: Runs of each, with seeds from 0 on.
+        every: As `finished`; so are the others.
+        teacher: Likewise.
+        split: Likewise.
+        way: Likewise.
+
+    Yields:
+        The results so far, after each run.
+
+    Raises:
+        TrainingError: at the end, if runs failed: they keep no other from being made.
+    """
+    results: dict[str, list[Result]] = {name: [] for name in recipes}
+    failed = []
+    for seed, (name, recipe) in product(range(n_seeds), recipes.items()):
+        folder = out / f"{name}-seed-{seed}"
+        try:
+            result = finished(
+                recipe, load(name), folder, seed=seed, every=every, teacher=teacher, split=split, **way
             )
-            text = "\n".join(table(one, results[one.name]) for one in studies if results[one.name])
-            print(text, flush=True)
-            if page:
-                fill(page, text)
+        except (TrainingError, torch.OutOfMemoryError) as error:
+            print(f"{folder.name}: {error}", file=sys.stderr, flush=True)
+            failed.append(folder.name)
+            continue
+        results[name].append(result)
+        yield results
+    if failed:
+        raise TrainingError(f"not made: {', '.join(failed)}; the same command tries again")
+
+
+def _chosen(options: argparse.Namespace, names: Sequence[str], recipes: Sequence[str]) -> list[Study]:
+    studies = [by(recipe, study) for recipe in recipes for study in STUDIES if study.name in names]
+    shrunk = [toy(study) for study in studies] if options.toy else studies
+    return [dataclasses.replace(one, recipe=overridden(one.recipe, options)) for one in shrunk]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -242,13 +286,10 @@ def main(argv: list[str] | None = None) -> int:
         "--held-out",
         type=at_least_1,
         default=N_HELD_OUT,
-        help="training images to watch a run by; 5000 (and seed 0) if it is to be exported, or to teach",
+        help="training images to watch a run by; 5000 if it is to be exported, or to teach",
     )
-    parser.add_argument("--every", type=at_least_1, default=1, help="epochs from one checkpoint to the next")
-    parser.add_argument("--compile", action="store_true", help="a slow start and faster steps")
-    parser.add_argument("--epochs", type=int, help="instead of the recipe's")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_way(parser, every=10)
+    add_overrides(parser)
     parser.add_argument("--toy", action="store_true", help="a tiny network, a few images, one epoch")
     options = parser.parse_args(argv)
     chosen = options.studies.split(",")
@@ -257,26 +298,21 @@ def main(argv: list[str] | None = None) -> int:
     recipes = options.recipes.split(",")
     if unknown := [name for name in recipes if name not in ("paper", "wide")]:
         parser.error(f"no recipe for this is called {unknown[0]!r}: use paper, wide")
-    studies = [by(recipe, study) for recipe in recipes for study in STUDIES if study.name in chosen]
-    if options.toy:
-        studies = [toy(study) for study in studies]
-    if options.epochs:
-        studies = [
-            dataclasses.replace(one, recipe=dataclasses.replace(one.recipe, epochs=options.epochs))
-            for one in studies
-        ]
     try:
-        run_all(
-            studies,
-            lambda study: _load(study, options.data, options.held_out, is_toy=options.toy),
+        studies = _chosen(options, chosen, recipes)
+        by_name = {study.name: study for study in studies}
+        for results in each_finished(
+            {study.name: study.recipe for study in studies},
+            lambda name: _load(by_name[name], options.data, options.held_out, is_toy=options.toy),
             options.out,
             n_seeds=options.seeds,
-            bf16=options.precision == "bf16",
-            device=options.device,
-            page=None if options.toy else options.page,
             every=options.every,
-            is_compiled=options.compile,
-        )
+            **way_of(options),
+        ):
+            text = "\n".join(table(study, results[study.name]) for study in studies if results[study.name])
+            print(text, flush=True)
+            if options.page and not options.toy:
+                fill(options.page, text)
     except (TrainingError, data.DataError, ValueError, OSError) as error:
         print(f"model.reproduce: {error}", file=sys.stderr)
         return 1

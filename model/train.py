@@ -25,12 +25,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -89,6 +90,8 @@ class Recipe:
         teacher: "joined" is the joined net on the same batch, for the columns alone ("tied" passes have one);
             "given" is a network of another run, for all.
         temperature: Of both answers, where they are compared.
+        averaging: Share of the run over which the weights that are kept are averaged, exponentially; 0 keeps
+            those of the last step.
     """
 
     architecture: str
@@ -111,6 +114,7 @@ class Recipe:
     distillation: float = 0.0
     teacher: Literal["joined", "given"] = "joined"
     temperature: float = 1.0
+    averaging: float = 0.0
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2:
@@ -119,8 +123,15 @@ class Recipe:
             raise ValueError("distillation is a share, the temperature above 0 and cutout at least 0")
         if self.distillation and self.teacher == "joined" and self.passes != "tied":
             raise ValueError('the joined net teaches only where passes are "tied": it must see each batch')
+        if not 0 <= self.averaging < 1:
+            raise ValueError("averaging is a share of the run, below 1")
         if not 0 < self.learning_rate < torch.finfo(torch.float32).max:
             raise ValueError("the learning rate must be above 0 and finite")
+
+    @property
+    def is_taught_by_another(self) -> bool:
+        """Whether a network of another run has to be given."""
+        return self.distillation > 0 and self.teacher == "given"
 
     @property
     def trains_joined(self) -> bool:
@@ -359,6 +370,9 @@ class Checkpoint:
     optimiser: dict[str, Any]
     n_train: int = 0
     made_with: dict[str, Any] = field(default_factory=dict)
+    averaged: dict[str, Any] = field(default_factory=dict)
+    split_seed: int = 0
+    n_held_out: int = data.N_HELD_OUT
 
     def save(self, path: Path) -> None:
         """Write beside, then rename: a full disk or a kill leaves the last good checkpoint.
@@ -403,13 +417,19 @@ class Checkpoint:
             raise TrainingError(f"{path} is no checkpoint that can be read here ({error})") from error
 
     def check(self, dataset: data.Dataset) -> None:
-        """Make sure that this is the data that was trained on.
+        """Make sure that this is the data that was trained on, split as it was then.
 
         Otherwise images would be held out that the network has seen, and labels could be exchanged.
 
         Raises:
-            TrainingError: if labels, or mean and deviation of the training images, are others.
+            TrainingError: if other images are held out, or labels, or mean and deviation of the training
+                images, are others.
         """
+        if (self.n_held_out, self.split_seed) != (dataset.n_held_out, dataset.split_seed):
+            raise TrainingError(
+                f"the checkpoint held out {self.n_held_out} images of its data by seed {self.split_seed}, "
+                f"and here {dataset.n_held_out} are by seed {dataset.split_seed}: hold out the same ones"
+            )
         theirs, ours = (torch.cat([d.mean_C.cpu(), d.std_C.cpu()]) for d in (self, dataset))
         if self.labels != dataset.labels or not torch.allclose(theirs, ours, atol=1e-5):
             raise TrainingError(
@@ -424,7 +444,13 @@ class Checkpoint:
             TrainingError: as `check`.
             data.DataError: if it is missing or broken.
         """
-        dataset = data.load(self.dataset, folder, size=self.architecture.size, seed=self.seed)
+        dataset = data.load(
+            self.dataset,
+            folder,
+            size=self.architecture.size,
+            n_held_out=self.n_held_out,
+            seed=self.split_seed,
+        )
         self.check(dataset)
         return dataset
 
@@ -432,17 +458,22 @@ class Checkpoint:
     def title(self) -> str:
         """Which network this is, in a few words and a hash of its weights."""
         weights = hashlib.sha256()
-        for tensor in self.model.values():
+        for tensor in self._weights.values():
             weights.update(tensor.numpy().tobytes())
         return (
             f"{self.recipe.architecture}, {self.epoch} epochs, seed {self.seed}, "
             f"weights {weights.hexdigest()[:12]}"
         )
 
+    @property
+    def _weights(self) -> dict[str, Any]:
+        """Of the network that the run was for: the averaged ones, where it averaged."""
+        return self.averaged or self.model
+
     def network(self) -> FractalNet:
         """The trained network, in evaluation mode."""
         net = FractalNet(self.architecture)
-        net.load_state_dict(self.model)
+        net.load_state_dict(self._weights)
         return net.eval()
 
 
@@ -460,6 +491,15 @@ def logits(network: nn.Module, split: data.Split, normalise: Callable[[Tensor], 
 def accuracy(logits_NK: Tensor, labels_N: Tensor) -> float:
     """Share of images whose largest logit is that of their label."""
     return float((logits_NK.argmax(1) == labels_N).float().mean())
+
+
+class Way(TypedDict):
+    """How a network is trained, whatever its recipe; see `Run`."""
+
+    bf16: bool
+    device: str
+    has_cuda_graphs: NotRequired[bool]
+    is_compiled: NotRequired[bool]
 
 
 class Run:
@@ -508,7 +548,7 @@ class Run:
             raise TrainingError(
                 f"a batch of {recipe.batch_size} does not divide among {self.n_processes} processes"
             )
-        if (teacher is not None) != (recipe.distillation > 0 and recipe.teacher == "given"):
+        if (teacher is not None) != recipe.is_taught_by_another:
             raise TrainingError(
                 "this recipe learns from no other network: leave --teacher out"
                 if teacher
@@ -522,10 +562,6 @@ class Run:
                 "--compile needs one GPU and CUDA graphs: elsewhere each new mask would be compiled anew"
             )
         if teacher:
-            if teacher.seed != seed:
-                raise TrainingError(
-                    f"the teacher's seed, {teacher.seed}, decided what it held out: use --seed {teacher.seed}"
-                )
             teacher.check(dataset)
         self.net = build(recipe, dataset, seed).to(self.device)
         self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's hints lack it
@@ -553,9 +589,20 @@ class Run:
         self.epoch, self.seconds = 0, 0.0
         self._kept_epoch = 0
         self.n_steps = len(dataset.train) // recipe.batch_size
+        self._average = self._averaging() if recipe.averaging else None
         self._recorded: dict[tuple[int, ...], Replay] = {}
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
+
+    def _averaging(self) -> AveragedModel:
+        n_averaged_over = self.recipe.averaging * self.recipe.epochs * self.n_steps
+        decay = 1 - 1 / max(1.0, n_averaged_over)
+        return AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+    @property
+    def trained(self) -> FractalNet:
+        """The network that the run is for: with averaged weights, where the recipe averages."""
+        return self.net if self._average is None else cast(FractalNet, self._average.module)
 
     @property
     def checkpoint(self) -> Path:
@@ -587,6 +634,9 @@ class Run:
         kept.check(self.dataset)
         self.net.load_state_dict(kept.model)
         self.optimiser.load_state_dict(kept.optimiser)
+        if self._average is not None:
+            self._average.module.load_state_dict(kept.averaged)
+            self._average.n_averaged.fill_(kept.epoch * self.n_steps)
         self.epoch, self.seconds = kept.epoch, kept.seconds
         self._kept_epoch = kept.epoch
 
@@ -606,6 +656,9 @@ class Run:
             optimiser=self.optimiser.state_dict(),
             n_train=len(self.dataset.train),
             made_with=self.made_with,
+            averaged={} if self._average is None else self.trained.state_dict(),
+            split_seed=self.dataset.split_seed,
+            n_held_out=self.dataset.n_held_out,
         ).save(self.checkpoint)
         self._kept_epoch = self.epoch
 
@@ -630,6 +683,8 @@ class Run:
             parts = sample_parts(self.recipe, self.net.architecture, generator)
             loss = self._gradients(images_NCHW, labels_N, parts)
             self.optimiser.step()
+            if self._average is not None:
+                self._average.update_parameters(self.net)
             value = float(loss) / len(parts)  # waits for a GPU, which is still busy with the step
             if not math.isfinite(value):
                 raise self._diverged(f"the loss became {value}")
@@ -682,9 +737,8 @@ class Run:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # whatever CUDA refuses in a recording
-                raise TrainingError(
-                    f"this step cannot be recorded; try --no-cuda-graphs ({error})"
-                ) from error
+                way = "leave --compile out" if self.made_with["compiled"] else "try --no-cuda-graphs"
+                raise TrainingError(f"this step cannot be recorded; {way} ({error})") from error
         return self._recorded[kind](*inputs)
 
     def _batch(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -695,18 +749,22 @@ class Run:
         share = normalised[mine].contiguous(memory_format=torch.channels_last)
         return share, self.dataset.train.labels_N[rows[mine]]
 
-    def evaluate(self) -> dict[str, float]:
-        """Held-out accuracy of each column, and of the joined net if it is trained."""
-        networks = self.net.networks()
+    def networks(self) -> dict[str, nn.Module]:
+        """What has been trained: each column, and the joined net if any batch trains it."""
+        networks = self.trained.networks()
         if not self.recipe.trains_joined:
             del networks["full"]
+        return networks
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out accuracy of what has been trained."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return {
                 name: accuracy(
                     logits(network, self.dataset.held_out, self.dataset.normalise),
                     self.dataset.held_out.labels_N,
                 )
-                for name, network in networks.items()
+                for name, network in self.networks().items()
             }
 
 
@@ -842,6 +900,7 @@ OVERRIDABLE: dict[str, Callable[[str], Any]] = {
     "cutout": int,
     "distillation": float,
     "temperature": float,
+    "averaging": float,
 }
 
 
@@ -860,23 +919,12 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--limit", type=at_least_1, help="use only the first so many training images (to try things out)"
     )
-    parser.add_argument(
-        "--every", type=at_least_1, default=1, help="epochs from one checkpoint and measurement to the next"
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="a slow start and faster steps: for long runs on a GPU"
-    )
-    parser.add_argument(
-        "--no-cuda-graphs", action="store_true", help="on a GPU: slower, with less memory, each step anew"
-    )
     parser.add_argument("--teacher", type=Path, help="checkpoint of the network whose answers are learnt")
-    for name, kind in OVERRIDABLE.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="instead of the recipe's")
+    add_way(parser, every=1)
+    add_overrides(parser)
     return parser.parse_args(argv)
 
 
@@ -887,9 +935,48 @@ def at_least_1(text: str) -> int:
     return number
 
 
-def _recipe(options: argparse.Namespace) -> Recipe:
+def add_way(parser: argparse.ArgumentParser, *, every: int) -> None:
+    """Let the command line say how to train, whatever the recipe: `every` unless it says otherwise."""
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--every",
+        type=at_least_1,
+        default=every,
+        help=f"epochs from one checkpoint and measurement to the next; {every} if not given",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="a slow start and faster steps: for long runs on a GPU"
+    )
+    parser.add_argument(
+        "--no-cuda-graphs", action="store_true", help="on a GPU: slower, with less memory, each step anew"
+    )
+
+
+def way_of(options: argparse.Namespace) -> Way:
+    """What the command line says of it."""
+    return {
+        "bf16": options.precision == "bf16",
+        "device": options.device,
+        "has_cuda_graphs": not options.no_cuda_graphs,
+        "is_compiled": options.compile,
+    }
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Let the command line replace parts of a recipe."""
+    for name, kind in OVERRIDABLE.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="instead of the recipe's")
+
+
+def overridden(recipe: Recipe, options: argparse.Namespace) -> Recipe:
+    """The recipe with what the command line has instead.
+
+    Raises:
+        ValueError: as `Recipe`.
+    """
     given = {name: value for name in OVERRIDABLE if (value := getattr(options, name)) is not None}
-    return dataclasses.replace(RECIPES[options.recipe], **given)
+    return dataclasses.replace(recipe, **given)
 
 
 @contextmanager
@@ -904,7 +991,7 @@ def _one_process_before_the_others() -> Iterator[None]:
 
 
 def _prepare(options: argparse.Namespace) -> Run:
-    recipe = _recipe(options)
+    recipe = overridden(RECIPES[options.recipe], options)
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
@@ -913,18 +1000,14 @@ def _prepare(options: argparse.Namespace) -> Run:
         dataset = data.load(options.dataset, options.data, size=options.size, seed=options.seed)
     if options.limit:
         dataset = dataclasses.replace(dataset, train=dataset.train[: options.limit])
-    bf16 = options.precision == "bf16"
     teacher = Checkpoint.load(options.teacher) if options.teacher else None
     run = Run(
         recipe,
         dataset,
         options.out,
         seed=options.seed,
-        bf16=bf16,
-        device=options.device,
         teacher=teacher,
-        has_cuda_graphs=not options.no_cuda_graphs,
-        is_compiled=options.compile,
+        **way_of(options),
     )
     if options.resume:
         run.resume()

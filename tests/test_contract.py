@@ -63,7 +63,7 @@ def test_half_precision_is_served_as_it_was_measured(tmp_path: Path) -> None:
         assert logits_NK.shape == (len(held_out.labels_N), len(manifest["labels"]))
         rows = [served.combine((column,), [row]) for row in logits_NK]
         accuracy = np.mean([row.argmax() for row in rows] == held_out.labels_N.numpy())
-        assert rung["accuracy"] == pytest.approx(accuracy, abs=0.05)  # cross-fitted there
+        assert rung["accuracy"] == pytest.approx(accuracy, abs=0.1)  # cross-fitted there
 
 
 def test_the_ladder_of_the_server_is_that_of_the_manifest(folder: Path) -> None:

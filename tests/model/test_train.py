@@ -26,6 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from torch.nn import functional
 
+from model.calibrate import recalibrate
 from model.data import Dataset, load
 from model.droppath import Global, Local, Paths
 from model.fractalnet import PRESETS, preset
@@ -150,6 +151,8 @@ def test_a_recipe_that_cannot_be_is_refused(how: dict[str, Any]) -> None:
         ({"distillation": -0.1, "teacher": "given"}, "is a share"),
         ({"temperature": 0.0}, "temperature above 0"),
         ({"cutout": -1}, "cutout at least 0"),
+        ({"averaging": 1.0}, "share of the run"),
+        ({"averaging": -0.1}, "share of the run"),
         ({"distillation": 0.5, "teacher": "joined", "passes": "coin"}, "joined net teaches only"),
     ],
 )
@@ -295,8 +298,10 @@ def test_a_teacher_is_there_exactly_where_one_is_wanted(toy: Dataset, tmp_path: 
     other = dataclasses.replace(toy, mean_C=toy.mean_C + 0.1)
     with pytest.raises(TrainingError, match="not the data that the checkpoint was trained on"):
         a_run(other, tmp_path, taught, teacher=teacher)
-    with pytest.raises(TrainingError, match="use --seed 0"):
-        a_run(toy, tmp_path, taught, teacher=teacher, seed=1)
+    for other in (dataclasses.replace(toy, split_seed=1), dataclasses.replace(toy, n_held_out=6)):
+        with pytest.raises(TrainingError, match="hold out the same ones"):
+            a_run(other, tmp_path, taught, teacher=teacher)
+    a_run(toy, tmp_path, taught, teacher=teacher, seed=1)  # other weights, and the same images held out
 
 
 def test_compiling_is_refused_where_each_mask_would_be_compiled_anew(toy: Dataset, tmp_path: Path) -> None:
@@ -330,6 +335,38 @@ def test_a_square_is_cut_out_of_what_is_trained_on(toy: Dataset, tmp_path: Path)
     hidden_N = (images_NCHW == 0).all(1).sum((1, 2))
     assert int(hidden_N.max()) == 64
     assert int(hidden_N.min()) >= 16
+
+
+def test_averaged_weights_are_what_a_run_is_for(toy: Dataset, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(QUICK, averaging=0.25)  # of 2 epochs of 4 steps: 2 steps
+    run = a_run(toy, tmp_path, recipe)
+    expected: dict[str, Tensor] = {}
+
+    def average(_loss: float) -> None:
+        now = {name: tensor.detach().clone() for name, tensor in run.net.named_parameters()}
+        expected.update({name: (expected.get(name, tensor) + tensor) / 2 for name, tensor in now.items()})
+
+    run.out.mkdir(exist_ok=True)
+    for _ in range(2):
+        run.train_epoch(average)
+    run.save()
+
+    kept = Checkpoint.load(run.checkpoint)
+    for net in (run.trained, kept.network()):
+        torch.testing.assert_close(dict(net.named_parameters()), expected)
+    assert not torch.equal(kept.model["head.2.weight"], expected["head.2.weight"])
+    assert kept.title != dataclasses.replace(kept, averaged={}).title
+    held_out = toy.held_out
+    assert run.evaluate()["1"] == accuracy(
+        logits(kept.network().column(1), held_out, toy.normalise), held_out.labels_N
+    )
+
+
+def test_what_no_batch_trained_is_no_result(toy: Dataset, tmp_path: Path) -> None:
+    columns_alone = dataclasses.replace(QUICK, passes="columns", local_share=0.0)
+
+    assert a_run(toy, tmp_path, columns_alone).networks().keys() == {"1", "2"}
+    assert a_run(toy, tmp_path, QUICK).networks().keys() == {"1", "2", "full"}
 
 
 def test_weight_decay_spares_batchnorm_and_biases(toy: Dataset, tmp_path: Path) -> None:
@@ -401,6 +438,8 @@ def test_all_networks_learn_in_either_precision(toy: Dataset, tmp_path: Path, bf
     losses = [run.train_epoch() for _ in range(8)]
 
     assert losses[-1] < losses[0]
+    for network in run.networks().values():  # so few steps leave statistics far behind the weights
+        recalibrate(network, toy)
     assert all(value >= 0.9 for value in run.evaluate().values()), run.evaluate()
     assert {p.dtype for p in run.net.parameters()} == {torch.float32}
 
@@ -434,9 +473,16 @@ def test_every_epoch_has_an_order_of_its_own(toy: Dataset, tmp_path: Path) -> No
         assert Counter(itertools.chain(*epoch)) == {0: 16, 1: 16, 2: 16}
 
 
-@pytest.mark.parametrize("name", ["paper", "anytime", "wide"])
+@pytest.mark.parametrize("name", ["paper", "anytime", "wide", "wide, averaged"])
 def test_a_resumed_run_ends_like_an_unbroken_one(toy: Dataset, tmp_path: Path, name: str) -> None:
-    recipe = dataclasses.replace(RECIPES[name], architecture="cifar-deep-2", batch_size=12, epochs=3)
+    name, _, averaged = name.partition(", ")
+    recipe = dataclasses.replace(
+        RECIPES[name],
+        architecture="cifar-deep-2",
+        batch_size=12,
+        epochs=3,
+        averaging=0.5 if averaged else 0.0,
+    )
     expected = {"paper": (True, "tied"), "anytime": (False, "columns"), "wide": (False, "tied")}
     assert (recipe.dropout, recipe.passes) == expected[name]
     unbroken = a_run(toy, tmp_path / "unbroken", recipe, bf16=True)
@@ -455,6 +501,8 @@ def test_a_resumed_run_ends_like_an_unbroken_one(toy: Dataset, tmp_path: Path, n
     ours, theirs = (Checkpoint.load(run.checkpoint) for run in (broken, unbroken))
     assert ours.epoch == theirs.epoch == 3
     assert_equal(ours.model, theirs.model)
+    assert bool(ours.averaged) == bool(averaged)
+    assert_equal(ours.averaged, theirs.averaged)
 
 
 def test_checkpoints_are_as_far_apart_as_asked_and_one_is_at_the_end(toy: Dataset, tmp_path: Path) -> None:
@@ -538,6 +586,17 @@ def test_the_command_trains_on_a_folder_of_pictures(
     shown = capsys.readouterr().err
     assert "epoch 2/2" in shown
     assert re.search(r"loss \d\.\d+ 1:\d+\.\d 2:\d+\.\d full:\d+\.\d", shown)
+
+
+def test_a_checkpoint_reads_the_split_that_it_was_trained_on(pictures: Path, tmp_path: Path) -> None:
+    dataset = load("folder", pictures, n_held_out=3, seed=5)
+    run = a_run(dataset, tmp_path / "run", seed=2)  # the seed of the run says nothing of the split
+    run.out.mkdir()
+    run.save()
+
+    again = Checkpoint.load(run.checkpoint).load_data(pictures)
+
+    assert torch.equal(again.held_out.images_NCHW, dataset.held_out.images_NCHW)
 
 
 def test_the_checkpoint_is_the_network(toy: Dataset, tmp_path: Path) -> None:

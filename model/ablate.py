@@ -1,0 +1,158 @@
+"""What each part of a recipe is worth: one thing changed at a time, over several seeds, on held-out images.
+
+    python -m model.ablate --data data --out runs/ablate --page docs/ablation.md --teacher PATH/checkpoint.pt
+
+Runs of one seed begin with the same weights and see the same images in the same order, so that their
+difference is told more closely than either error. The test split is not looked at. Every run goes on where it
+was interrupted; one that is done is not repeated. Must not know calibration of answers, export or serving.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from model import data
+from model.reproduce import Result, each_finished, fill
+from model.train import (
+    RECIPES,
+    Checkpoint,
+    Recipe,
+    TrainingError,
+    add_overrides,
+    add_way,
+    at_least_1,
+    overridden,
+    way_of,
+)
+
+AS_IT_IS = "as-it-is"
+
+
+def changes(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """What is changed of it, by the name of its folder and its row."""
+    return {
+        "untaught": {"distillation": 0.0},
+        "taught-by-joined": {"passes": "tied", "teacher": "joined", "distillation": 0.5, "temperature": 1.0},
+        "one-column-a-batch": {"passes": "coin"},
+        "joined-net-too": {"local_share": 0.25},
+        "no-cutout": {"cutout": 0},
+        "random-flip": {"flip": "random"},
+        "xavier": {"initialisation": "xavier"},
+        "averaged": {"averaging": 0.03},
+        "twice-the-rate": {"learning_rate": 2 * recipe.learning_rate},
+        "half-the-rate": {"learning_rate": recipe.learning_rate / 2},
+    }
+
+
+def variants(recipe: Recipe) -> dict[str, Recipe]:
+    """The recipe itself, and with each change that makes another one of it and leaves one that can be."""
+    made = {AS_IT_IS: recipe}
+    for name, change in changes(recipe).items():
+        with suppress(ValueError):  # columns by lot cannot be taught by a joined net that is not run
+            if (other := dataclasses.replace(recipe, **change)) != recipe:
+                made[name] = other
+    return made
+
+
+def table(results: Mapping[str, Sequence[Result]]) -> str:
+    """Errors of the recipe, and what each change adds to those of the same seed, as Markdown.
+
+    Args:
+        results: By variant, some of the recipe itself among them.
+    """
+    base = {result["seed"]: result["error"] for result in results[AS_IT_IS]}
+    columns = [name for name in results[AS_IT_IS][0]["error"] if name != "full"]
+    lines = [
+        f"| changed | n | {' | '.join(f'column {column}' for column in columns)} |",
+        f"|---|---:|{'---:|' * len(columns)}",
+    ]
+    for name, of_variant in results.items():
+        pairs = [(one["error"], base[one["seed"]]) for one in of_variant if one["seed"] in base]
+        if not pairs:
+            continue
+        if name == AS_IT_IS:
+            title, cells = "nothing: error, %", [_spread([one[c] for one, _ in pairs]) for c in columns]
+        else:
+            title = f"{name.replace('-', ' ')}: points added"
+            cells = [_spread([one[c] - before[c] for one, before in pairs], sign="+") for c in columns]
+        lines.append(f"| {title} | {len(pairs)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float], sign: str = "") -> str:
+    return f"{mean(values):{sign}.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def section(results: Mapping[str, Sequence[Result]]) -> str:
+    """The table below what it is about."""
+    first = results[AS_IT_IS][0]
+    recipe = first["recipe"]
+    taught = f"taught by {first['teacher']}" if "teacher" in first else "without a teacher"
+    title = f"{recipe['architecture']}, {recipe['epochs']} epochs of {first['n_train']} images"
+    about = (
+        f"Batches of {recipe['batch_size']}, rate {recipe['learning_rate']}, {taught}; "
+        f"{first['n_measured']} held-out images. {first['hardware']}, {first['precision']}, "
+        f"torch {first['packages']['torch']}, {first['date'][:10]}. Mean ± deviation over seeds."
+    )
+    return "\n".join([f"### {title}", "", about, "", table(results), ""])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do as the command line says; the exit code is 0, 1 with a sentence, or 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m model.ablate", description=__doc__.splitlines()[0])
+    names = tuple(changes(RECIPES["distilled"]))
+    parser.add_argument("--recipe", choices=RECIPES, default="distilled")
+    parser.add_argument("--dataset", choices=("cifar10", "cifar100", "svhn", "folder"), default="cifar10")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="where the data is, or shall be")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help="folder of all runs")
+    parser.add_argument("--page", type=Path, help="put the table between the marks of this page")
+    parser.add_argument("--seeds", type=at_least_1, default=3, help="runs of each variant")
+    parser.add_argument("--only", default=",".join(names), help="changes, with commas; all if not given")
+    parser.add_argument("--limit", type=at_least_1, help="use only the first so many training images")
+    parser.add_argument(
+        "--teacher", type=Path, help="checkpoint of another network; without one the recipe has none"
+    )
+    add_way(parser, every=10)
+    add_overrides(parser)
+    options = parser.parse_args(argv)
+    if unknown := [name for name in options.only.split(",") if name not in names]:
+        parser.error(f"no change is called {unknown[0]!r}: use {', '.join(names)}")
+    try:
+        recipe = overridden(RECIPES[options.recipe], options)
+        if recipe.is_taught_by_another and not options.teacher:
+            recipe = dataclasses.replace(recipe, distillation=0.0)
+        chosen = {AS_IT_IS, *options.only.split(",")}
+        dataset = data.load(options.dataset, options.data)
+        dataset = dataclasses.replace(dataset, train=dataset.train[: options.limit])
+        for results in each_finished(
+            {name: variant for name, variant in variants(recipe).items() if name in chosen},
+            lambda _: dataset,
+            options.out,
+            n_seeds=options.seeds,
+            every=options.every,
+            teacher=Checkpoint.load(options.teacher) if options.teacher else None,
+            split="held_out",
+            **way_of(options),
+        ):
+            if not results[AS_IT_IS]:
+                continue
+            text = section(results)
+            print(text, flush=True)
+            if options.page:
+                fill(options.page, text)
+    except (TrainingError, data.DataError, ValueError, OSError) as error:
+        print(f"model.ablate: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("model.ablate: stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
