@@ -68,7 +68,7 @@ $(VENV)/cuda: $(VENV)/all
 
 # ---- use ----
 
-.PHONY: serve train export evaluate reproduce
+.PHONY: serve train export evaluate reproduce ablate speed
 serve: $(VENV)/serve ## start the server (needs no torch); ARGS go to python -m service serve
 	$(call say,Starting the server: it loads the model$(,) measures this machine for a few seconds and says when it is ready. Ctrl-C stops it.)
 	@exec $(PY) -m service serve $(ARGS)
@@ -89,6 +89,14 @@ reproduce: $(VENV)/all ## train the paper's networks and put their errors beside
 	$(call say,Reproducing the paper. Ctrl-C stops it$(,) the same command goes on.)
 	@exec $(PY) -m model.reproduce --page docs/results.md $(ARGS)
 
+ablate: $(VENV)/all ## change one part of a recipe at a time and compare over seeds; ARGS go to python -m model.ablate
+	$(call say,Comparing. Ctrl-C stops it$(,) the same command goes on.)
+	@exec $(PY) -m model.ablate --page docs/ablation.md $(ARGS)
+
+speed: $(VENV)/all ## measure how fast training is, beside a plain PyTorch loop; ARGS go to python -m model.speed
+	$(call say,Measuring in turns. Nothing else should run on this machine.)
+	@exec $(PY) -m model.speed $(ARGS)
+
 .PHONY: load
 SCENARIO := steady
 HOST := http://127.0.0.1:8000
@@ -108,7 +116,8 @@ bench-quick: $(VENV)/all ## two minutes: ratios to plain FastAPI, bare ASGI and 
 .PHONY: gpu
 gpu: $(VENV)/cuda ## on a machine with an NVIDIA GPU: the tests that need it, then what it is worth; ARGS="--quick" or others go to python -m loadtests.gpu
 	$(call say,Testing what can only be seen on a GPU$(,) and measuring in any case. Nothing else should run on this machine.)
-	@$(PY) -m pytest -m gpu; tested=$$?; \
+	@trap 'exit 130' INT; \
+	$(PY) -m pytest -m gpu; tested=$$?; \
 	$(PY) -m loadtests.gpu --out loadtests/results/gpu $(ARGS); measured=$$?; \
 	exit $$((tested ? tested : measured))
 

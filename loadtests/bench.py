@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +27,7 @@ import onnxruntime
 
 from loadtests import hosting, openloop, plane, records
 from loadtests.capacity import first_column_head
-from loadtests.offline import processor_name
+from loadtests.offline import commit, processor_name
 from loadtests.peers import launch
 from loadtests.peers.adaptors import PEERS
 from loadtests.targets import Target
@@ -167,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.out:
         line = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": _commit(),
+            "commit": commit(),
             "processor": f"{os.cpu_count()} cores of {processor_name()}",
             "rounds": chosen.rounds,
             "requests": chosen.requests,
@@ -178,12 +177,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with chosen.out.open("a", encoding="utf-8") as history:
             history.write(json.dumps(line) + "\n")
     return 0
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)  # noqa: S603 - fixed
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

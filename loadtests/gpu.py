@@ -42,7 +42,7 @@ import numpy as np
 
 from loadtests import arrivals as schedules
 from loadtests import gpu_page, plane, records
-from loadtests.offline import processor_name
+from loadtests.offline import commit, processor_name
 from loadtests.openloop import Reply, read_reply
 from loadtests.targets import Pictures, Target
 
@@ -491,15 +491,6 @@ def measure(bench: Bench, chosen: argparse.Namespace, head: Mapping[str, Any]) -
     return found
 
 
-def commit(folder: Path) -> str:
-    """Which commit the folder is at, and `-dirty` if it is not just that; "unknown" where git cannot tell."""
-    command = ["git", "describe", "--always", "--dirty"]
-    with contextlib.suppress(OSError):  # there is no git
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603 - fixed
-        return done.stdout.strip() or "unknown"
-    return "unknown"
-
-
 def about(chosen: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
     """What has to be known beside the figures."""
     manifest = json.loads((chosen.artifact / "manifest.json").read_text())
@@ -516,7 +507,7 @@ def about(chosen: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any
         "gpus": gpus,
         "processor": processor_name(),
         "cores": os.cpu_count(),
-        "commit": chosen.commit or commit(Path(__file__).parent),
+        "commit": chosen.commit or commit(),
         "artifact": manifest["name"],
         "version": manifest["version"],
         "precision": manifest["source"].get("exported_with", {}).get("precision", "precision unknown"),
@@ -541,7 +532,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     short = ", ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in QUICK.items())
     parser.add_argument("--quick", action="store_true", help=f"as {short}, unless they are given")
-    parser.add_argument("--batch-sizes", default="1,2,4,8,16,32,64", help="with commas")
+    parser.add_argument("--batch-sizes", default="", help="with commas; the server's own if not given")
     parser.add_argument("--profile-seconds", type=float, default=30.0, help="for latencies of one run")
     parser.add_argument("--budget-ms", type=float, default=5.0)
     parser.add_argument("--share", type=float, default=0.99, help="that has to be answered in time")

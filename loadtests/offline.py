@@ -8,6 +8,7 @@ import contextlib
 import json
 import pickle
 import platform
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -241,6 +242,15 @@ def read_test_images(
         batch = _ArraysOnly(file, encoding="latin1").load()
     images_NHWC = np.asarray(batch["data"][:n], np.uint8).reshape(-1, 3, height, width).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images_NHWC), np.asarray(batch["labels"][:n], np.int64)
+
+
+def commit(folder: Path = Path(__file__).parent) -> str:
+    """Which commit the folder is at, and `-dirty` if it is not just that; "unknown" where git cannot tell."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # there is no git, or it hangs
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=10)  # noqa: S603 - fixed
+        return done.stdout.strip() or "unknown"
+    return "unknown"
 
 
 def processor_name() -> str:

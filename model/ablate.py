@@ -2,9 +2,10 @@
 
     python -m model.ablate --data data --out runs/ablate --page docs/ablation.md --teacher PATH/checkpoint.pt
 
-Runs of one seed begin with the same weights and see the same images in the same order, so that their
-difference is told more closely than either error. The test split is not looked at. Every run goes on where it
-was interrupted; one that is done is not repeated. Must not know calibration of answers, export or serving.
+Runs of one seed see the same images in the same order and, but for another initialisation, begin with the
+same weights; crops are the same where a change draws nothing at random. Measured on images held out of train;
+the test split is not looked at. Every run goes on where it was interrupted; one that is done is not repeated.
+Must not know calibration of answers, export or serving.
 """
 
 import argparse
@@ -13,11 +14,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from model import data
-from model.reproduce import Result, each_finished, fill
+from model.reproduce import Result, each_finished, fill, spread
 from model.train import (
     RECIPES,
     Checkpoint,
@@ -76,30 +76,37 @@ def table(results: Mapping[str, Sequence[Result]]) -> str:
         if not pairs:
             continue
         if name == AS_IT_IS:
-            title, cells = "nothing: error, %", [_spread([one[c] for one, _ in pairs]) for c in columns]
+            title, cells = "nothing: error, %", [spread([one[c] for one, _ in pairs]) for c in columns]
         else:
             title = f"{name.replace('-', ' ')}: points added"
-            cells = [_spread([one[c] - before[c] for one, before in pairs], sign="+") for c in columns]
+            cells = [spread([one[c] - before[c] for one, before in pairs], sign="+") for c in columns]
         lines.append(f"| {title} | {len(pairs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _spread(values: Sequence[float], sign: str = "") -> str:
-    return f"{mean(values):{sign}.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
-
-
-def section(results: Mapping[str, Sequence[Result]]) -> str:
-    """The table below what it is about."""
+def section(name: str, results: Mapping[str, Sequence[Result]]) -> str:
+    """The table below what it is about; `name` is the recipe's."""
     first = results[AS_IT_IS][0]
     recipe = first["recipe"]
-    taught = f"taught by {first['teacher']}" if "teacher" in first else "without a teacher"
-    title = f"{recipe['architecture']}, {recipe['epochs']} epochs of {first['n_train']} images"
+    taught = f"taught by {first['teacher']}" if first["teacher"] else "no teacher"
+    title = (
+        f"{name}: {recipe['architecture']} on {first['dataset']}, {recipe['epochs']} epochs of "
+        f"{first['n_train']} images, {taught}"
+    )
     about = (
-        f"Batches of {recipe['batch_size']}, rate {recipe['learning_rate']}, {taught}; "
+        f"Batches of {recipe['batch_size']}, rate {recipe['learning_rate']}; "
         f"{first['n_measured']} held-out images. {first['hardware']}, {first['precision']}, "
         f"torch {first['packages']['torch']}, {first['date'][:10]}. Mean ± deviation over seeds."
     )
     return "\n".join([f"### {title}", "", about, "", table(results), ""])
+
+
+def _chosen(recipe: Recipe, only: str | None) -> dict[str, Recipe]:
+    made = variants(recipe)
+    names = {AS_IT_IS, *(only.split(",") if only else made)}
+    if unknown := sorted(names - made.keys()):
+        raise ValueError(f"{unknown[0]!r} changes nothing here, or leaves no recipe: leave it out of --only")
+    return {name: variant for name, variant in made.items() if name in names}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -112,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help="folder of all runs")
     parser.add_argument("--page", type=Path, help="put the table between the marks of this page")
     parser.add_argument("--seeds", type=at_least_1, default=3, help="runs of each variant")
-    parser.add_argument("--only", default=",".join(names), help="changes, with commas; all if not given")
+    parser.add_argument("--only", help=f"with commas, of {', '.join(names)}; all if not given")
     parser.add_argument("--limit", type=at_least_1, help="use only the first so many training images")
     parser.add_argument(
         "--teacher", type=Path, help="checkpoint of another network; without one the recipe has none"
@@ -120,28 +127,28 @@ def main(argv: list[str] | None = None) -> int:
     add_way(parser, every=10)
     add_overrides(parser)
     options = parser.parse_args(argv)
-    if unknown := [name for name in options.only.split(",") if name not in names]:
-        parser.error(f"no change is called {unknown[0]!r}: use {', '.join(names)}")
     try:
         recipe = overridden(RECIPES[options.recipe], options)
         if recipe.is_taught_by_another and not options.teacher:
             recipe = dataclasses.replace(recipe, distillation=0.0)
-        chosen = {AS_IT_IS, *options.only.split(",")}
-        dataset = data.load(options.dataset, options.data)
+        chosen = _chosen(recipe, options.only)
+        teacher = Checkpoint.load(options.teacher) if options.teacher else None
+        n_held_out, seed = (teacher.n_held_out, teacher.split_seed) if teacher else (data.N_HELD_OUT, 0)
+        dataset = data.load(options.dataset, options.data, n_held_out=n_held_out, seed=seed)
         dataset = dataclasses.replace(dataset, train=dataset.train[: options.limit])
         for results in each_finished(
-            {name: variant for name, variant in variants(recipe).items() if name in chosen},
+            chosen,
             lambda _: dataset,
             options.out,
             n_seeds=options.seeds,
             every=options.every,
-            teacher=Checkpoint.load(options.teacher) if options.teacher else None,
+            teacher=teacher,
             split="held_out",
             **way_of(options),
         ):
             if not results[AS_IT_IS]:
                 continue
-            text = section(results)
+            text = section(options.recipe, results)
             print(text, flush=True)
             if options.page:
                 fill(options.page, text)

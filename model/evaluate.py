@@ -2,8 +2,9 @@
 
     python -m model.evaluate --artifact model/pretrained --data data --out docs/ladder
 
-measures the exported graphs themselves, on the test split, with ONNX Runtime on one CPU thread; writes a
-table (`OUT.md`) and a picture (`OUT.svg`). Must not know the server, nor anything that could be tuned.
+measures the exported graphs themselves, on the test split, with ONNX Runtime on the CPU, latencies on one
+thread; writes a table (`OUT.md`) and a picture (`OUT.svg`). Must not know the server, nor anything that could
+be tuned.
 """
 
 import argparse
@@ -199,7 +200,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         artifact = Artifact(options.artifact)
         source, size = artifact.manifest["source"], artifact.manifest["input"]["height"]
-        dataset = data.load(source["dataset"], options.data, size=size, seed=source["seed"])
+        split_seed = artifact.manifest["held_out"]["seed"]  # of a folder of pictures it decides the test, too
+        dataset = data.load(source["dataset"], options.data, size=size, seed=split_seed)
     except (ValueError, data.DataError) as error:
         print(f"model.evaluate: {error}", file=sys.stderr)
         return 1

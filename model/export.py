@@ -113,10 +113,10 @@ def write_onnx(serving: Serving, size: int, channels: int, path: Path) -> None:
     cast(torch.onnx.ONNXProgram, program).save(str(path), external_data=False)
 
 
-def open_onnx(path: Path) -> Callable[[Tensor], Tensor]:
-    """A graph of an artifact as a function of images_NHWC, on one CPU thread."""
+def open_onnx(path: Path, n_threads: int = 1) -> Callable[[Tensor], Tensor]:
+    """A graph of an artifact as a function of images_NHWC, on so many CPU threads; 0: one a core."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = n_threads
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(images_NHWC: Tensor) -> Tensor:
@@ -147,8 +147,8 @@ def channels_last(images_NCHW: Tensor) -> Tensor:
 
 
 def logits_of_onnx(path: Path, split: data.Split) -> Tensor:
-    """Logits_NK of an exported graph on a split."""
-    run = open_onnx(path)
+    """Logits_NK of an exported graph on a split, on all cores."""
+    run = open_onnx(path, n_threads=0)
     return torch.cat([run(channels_last(images)) for images in split.images_NCHW.split(64)])
 
 

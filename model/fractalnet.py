@@ -375,13 +375,14 @@ def initialise(net: FractalNet, how: Initialisation, images_NCHW: Tensor | None 
         ValueError: if the stem whitens and no images are given.
     """
     for module in net.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Linear | nn.Conv2d) and how == "xavier":
+            nn.init.kaiming_uniform_(module.weight, nonlinearity="linear")
         elif isinstance(module, nn.Conv2d):
             module.reset_parameters()
-        if how == "xavier" and isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.kaiming_uniform_(module.weight, nonlinearity="linear")
+        elif isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
     if how == "dirac":
         for unit in (m for m in net.modules() if isinstance(m, ConvUnit)):
             nn.init.dirac_(unit.conv.weight[: unit.conv.in_channels])

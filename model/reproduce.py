@@ -42,7 +42,7 @@ from model.train import (
     way_of,
 )
 
-BEGIN, END = "<!-- written by model.reproduce -->", "<!-- end of what model.reproduce wrote -->"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 RESULT = "result.json"
 N_HELD_OUT = 1000
 """The paper trains on all images. Larger shows more of a run that goes wrong, and leaves less to train on."""
@@ -129,8 +129,15 @@ def finished(
         KeyboardInterrupt: after Ctrl-C; the same call goes on.
     """
     teacher = teacher if recipe.is_taught_by_another else None
-    plan = {"recipe": dataclasses.asdict(recipe), "seed": seed, "n_train": len(dataset.train), "split": split}
-    plan |= {"teacher": teacher.title} if teacher else {}
+    plan = {
+        "recipe": dataclasses.asdict(recipe),
+        "seed": seed,
+        "dataset": dataset.name,
+        "n_train": len(dataset.train),
+        "held_out": [dataset.n_held_out, dataset.split_seed],
+        "split": split,
+        "teacher": teacher.title if teacher else None,
+    }
     if (out / RESULT).exists():
         done: Result = json.loads((out / RESULT).read_text())
         if {name: done.get(name) for name in plan} != json.loads(json.dumps(plan)):
@@ -174,12 +181,16 @@ def table(study: Study, results: Sequence[Result]) -> str:
     lines = ["| network | test error, % | paper, % |", "|---|---:|---:|"]
     for network in first["error"]:
         errors = [result["error"][network] for result in results]
-        spread = f" ± {stdev(errors):.2f}" if len(errors) > 1 else ""
         published = study.published.get(network)
         title = "joined" if network == "full" else f"column {network}"
         paper = "" if published is None else f"{published:.2f}"
-        lines.append(f"| {title} | {mean(errors):.2f}{spread} | {paper} |")
+        lines.append(f"| {title} | {spread(errors)} | {paper} |")
     return "\n".join([f"### {study.name}", "", about, "", *lines, ""])
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean and, where there are several, deviation, for people to read."""
+    return f"{mean(values):{sign}.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def _alike(one: Recipe, other: Recipe) -> bool:

@@ -7,6 +7,7 @@ so an epoch is a function of the checkpoint before it: a run that was interrupte
 """
 
 import argparse
+import copy
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -25,13 +26,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NotRequired, TypedDict, cast
+from typing import Any, Literal, NotRequired, TypedDict
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -85,6 +86,7 @@ class Recipe:
         initialisation: See `fractalnet.initialise`.
         flip: See `data.flips`.
         dropout: Whether the architecture's dropout is used.
+        affine: Whether BatchNorm learns a scale and a bias, which the authors' has not.
         cutout: Side of the square that each image loses [pixels]; 0 is none.
         distillation: Share of the loss that is the distance from a teacher's answers; 0 is none.
         teacher: "joined" is the joined net on the same batch, for the columns alone ("tied" passes have one);
@@ -110,6 +112,7 @@ class Recipe:
     initialisation: Initialisation = "xavier"
     flip: data.Flip = "random"
     dropout: bool = True
+    affine: bool = True
     cutout: int = 0
     distillation: float = 0.0
     teacher: Literal["joined", "given"] = "joined"
@@ -144,7 +147,15 @@ RECIPES: dict[str, Recipe] = {
     # every batch, each column at 1/C of the weight, as their released generator writes it. The weight decay
     # is ours: the paper does not state it, and their solver file is not released.
     "paper": Recipe(
-        "cifar-20", 400, 100, 0.02, "steps", weight_decay=1e-4, passes="tied", column_weight=None
+        "cifar-20",
+        400,
+        100,
+        0.02,
+        "steps",
+        weight_decay=1e-4,
+        passes="tied",
+        column_weight=None,
+        affine=False,
     ),
     # A short schedule for a machine without an accelerator.
     "anytime": Recipe(
@@ -217,8 +228,8 @@ def build(recipe: Recipe, dataset: data.Dataset, seed: int) -> FractalNet:
     architecture = preset(
         recipe.architecture, n_classes=len(dataset.labels), size=images.shape[2], channels=images.shape[1]
     )
-    if not recipe.dropout:
-        architecture = dataclasses.replace(architecture, dropout=())
+    dropout = architecture.dropout if recipe.dropout else ()
+    architecture = dataclasses.replace(architecture, dropout=dropout, affine=recipe.affine)
     torch.manual_seed(seed)
     net = FractalNet(architecture)
     n_whitening = max(100, N_WHITENING_PIXELS // images.shape[2] ** 2)
@@ -502,6 +513,30 @@ class Way(TypedDict):
     is_compiled: NotRequired[bool]
 
 
+class Average:
+    """Weights and statistics of a network, averaged exponentially over steps.
+
+    Args:
+        net: What is trained.
+        share: Of each step in the average.
+
+    torch's `AveragedModel` would ask for the device's counter at each step, and wait for it.
+    """
+
+    def __init__(self, net: FractalNet, share: float) -> None:
+        self.net = copy.deepcopy(net).requires_grad_(False)
+        self._averaged, self._trained = (
+            [each for each in (*of.parameters(), *of.buffers()) if each.is_floating_point()]
+            for of in (self.net, net)
+        )
+        self._share = share
+
+    def take(self, *, is_first: bool) -> None:
+        """Take in the weights after a step; the first are taken as they are."""
+        decay = 0.0 if is_first else 1 - self._share
+        get_ema_multi_avg_fn(decay)(self._averaged, self._trained, None)
+
+
 class Run:
     """One training run, on this process's share of the batches."""
 
@@ -589,20 +624,19 @@ class Run:
         self.epoch, self.seconds = 0, 0.0
         self._kept_epoch = 0
         self.n_steps = len(dataset.train) // recipe.batch_size
-        self._average = self._averaging() if recipe.averaging else None
+        self._average = Average(self.net, 1 / self._n_averaged_over) if recipe.averaging else None
         self._recorded: dict[tuple[int, ...], Replay] = {}
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
 
-    def _averaging(self) -> AveragedModel:
-        n_averaged_over = self.recipe.averaging * self.recipe.epochs * self.n_steps
-        decay = 1 - 1 / max(1.0, n_averaged_over)
-        return AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    @property
+    def _n_averaged_over(self) -> float:
+        return max(1.0, self.recipe.averaging * self.recipe.epochs * self.n_steps)
 
     @property
     def trained(self) -> FractalNet:
         """The network that the run is for: with averaged weights, where the recipe averages."""
-        return self.net if self._average is None else cast(FractalNet, self._average.module)
+        return self.net if self._average is None else self._average.net
 
     @property
     def checkpoint(self) -> Path:
@@ -635,8 +669,7 @@ class Run:
         self.net.load_state_dict(kept.model)
         self.optimiser.load_state_dict(kept.optimiser)
         if self._average is not None:
-            self._average.module.load_state_dict(kept.averaged)
-            self._average.n_averaged.fill_(kept.epoch * self.n_steps)
+            self._average.net.load_state_dict(kept.averaged)
         self.epoch, self.seconds = kept.epoch, kept.seconds
         self._kept_epoch = kept.epoch
 
@@ -684,7 +717,7 @@ class Run:
             loss = self._gradients(images_NCHW, labels_N, parts)
             self.optimiser.step()
             if self._average is not None:
-                self._average.update_parameters(self.net)
+                self._average.take(is_first=self.epoch == step == 0)
             value = float(loss) / len(parts)  # waits for a GPU, which is still busy with the step
             if not math.isfinite(value):
                 raise self._diverged(f"the loss became {value}")
@@ -922,7 +955,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=at_least_1, help="use only the first so many training images (to try things out)"
     )
-    parser.add_argument("--teacher", type=Path, help="checkpoint of the network whose answers are learnt")
+    parser.add_argument(
+        "--teacher",
+        type=Path,
+        help="checkpoint of the network whose answers are learnt; the same images are held out as from it",
+    )
     add_way(parser, every=1)
     add_overrides(parser)
     return parser.parse_args(argv)
@@ -996,11 +1033,14 @@ def _prepare(options: argparse.Namespace) -> Run:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
         raise TrainingError(f"--device {options.device} cannot be used here ({error})") from error
+    teacher = Checkpoint.load(options.teacher) if options.teacher else None
+    split = (
+        {"n_held_out": teacher.n_held_out, "seed": teacher.split_seed} if teacher else {"seed": options.seed}
+    )
     with _one_process_before_the_others():
-        dataset = data.load(options.dataset, options.data, size=options.size, seed=options.seed)
+        dataset = data.load(options.dataset, options.data, size=options.size, **split)
     if options.limit:
         dataset = dataclasses.replace(dataset, train=dataset.train[: options.limit])
-    teacher = Checkpoint.load(options.teacher) if options.teacher else None
     run = Run(
         recipe,
         dataset,

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from model import data
-from model.calibrate import recalibrated
+from model.calibrate import calibrate, recalibrated
 from model.evaluate import Artifact
 from model.export import channels_last, export
 from service import inference
@@ -56,14 +56,16 @@ def test_half_precision_is_served_as_it_was_measured(tmp_path: Path) -> None:
     manifest = export(a_checkpoint(dataset), dataset, out, name="n", version="1", precision="fp16")
     served = inference.load(out, provider="cpu", intra_op_threads=1, batch_sizes=(1,))
     assert served.manifest.source["exported_with"]["precision"] == "fp16"
-    held_out = dataset.held_out
-    for rung, column in zip(manifest["rungs"], served.depth, strict=True):
-        logits_NK = served.run(column, channels_last(held_out.images_NCHW).numpy())
-        assert logits_NK.dtype == np.float32
-        assert logits_NK.shape == (len(held_out.labels_N), len(manifest["labels"]))
-        rows = [served.combine((column,), [row]) for row in logits_NK]
-        accuracy = np.mean([row.argmax() for row in rows] == held_out.labels_N.numpy())
-        assert rung["accuracy"] == pytest.approx(accuracy, abs=0.1)  # cross-fitted there
+    held_out_NHWC = channels_last(dataset.held_out.images_NCHW).numpy()
+    logits = {column: served.run(column, held_out_NHWC) for column in served.depth}
+    assert {each.dtype for each in logits.values()} == {np.dtype(np.float32)}
+    measured = calibrate(
+        {column: torch.from_numpy(each.copy()) for column, each in logits.items()}, dataset.held_out.labels_N
+    ).measured
+    for combination in manifest["combinations"]:
+        again = measured["+".join(combination["columns"])]
+        assert combination["accuracy"] == pytest.approx(again.accuracy, abs=1e-3)
+        assert combination["nll"] == pytest.approx(again.nll, abs=1e-3)
 
 
 def test_the_ladder_of_the_server_is_that_of_the_manifest(folder: Path) -> None:

@@ -216,24 +216,6 @@ def test_the_page_says_which_commit_and_version_were_measured() -> None:
     assert "toy, version 7" in text
 
 
-def git(folder: Path, *arguments: str) -> None:
-    who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
-    subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True)
-
-
-@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-def test_the_commit_is_told_where_there_is_one(tmp_path: Path) -> None:
-    assert gpu.commit(tmp_path) == "unknown"
-    git(tmp_path, "init")
-    (tmp_path / "a").write_text("1")
-    git(tmp_path, "add", "a")
-    git(tmp_path, "commit", "-m", "a")
-    clean = gpu.commit(tmp_path)
-    assert re.fullmatch("[0-9a-f]{7,}", clean)
-    (tmp_path / "a").write_text("2")
-    assert gpu.commit(tmp_path) == f"{clean}-dirty"
-
-
 def test_quick_takes_5_to_6_minutes_and_gives_way(capsys: pytest.CaptureFixture[str]) -> None:
     quick = gpu.read(["--quick"])
     assert 300 <= gpu.expected_s(quick) <= 360

@@ -2,6 +2,9 @@
 
 import json
 import pickle
+import re
+import shutil
+import subprocess
 from itertools import combinations
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from loadtests.offline import Offline, Outcomes, read_test_images
+from loadtests.offline import Offline, Outcomes, commit, read_test_images
 from service.inference import Inference
 from tests.service import toy_artifact
 from tests.service.conftest import artifact, inference
@@ -126,3 +129,21 @@ def test_a_malicious_file_runs_nothing(tmp_path: Path) -> None:
     with pytest.raises(pickle.UnpicklingError, match="download it anew"):
         read_test_images(tmp_path, N, toy_artifact.HEIGHT, toy_artifact.WIDTH)
     assert not (tmp_path / "ran").exists()
+
+
+def git(folder: Path, *arguments: str) -> None:
+    who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_is_told_where_there_is_one(tmp_path: Path) -> None:
+    assert commit(tmp_path) == "unknown"
+    git(tmp_path, "init")
+    (tmp_path / "a").write_text("1")
+    git(tmp_path, "add", "a")
+    git(tmp_path, "commit", "-m", "a")
+    clean = commit(tmp_path)
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    (tmp_path / "a").write_text("2")
+    assert commit(tmp_path) == f"{clean}-dirty"

@@ -23,7 +23,14 @@ def a_dataset(n_train: int = 80, n_held_out: int = 80, n_test: int = 40) -> Data
     train = a_split(n_train, 0)
     values = train.images_NCHW.transpose(0, 1).flatten(1).float() / 255
     return Dataset(
-        "small", LABELS, train, a_split(n_held_out, 1), a_split(n_test, 2), values.mean(1), values.std(1)
+        "small",
+        LABELS,
+        train,
+        a_split(n_held_out, 1),
+        a_split(n_test, 2),
+        values.mean(1),
+        values.std(1),
+        split_seed=3,
     )
 
 
@@ -46,6 +53,7 @@ def a_checkpoint(dataset: Dataset, architecture: Architecture = ARCHITECTURE) ->
         mean_C=dataset.mean_C,
         std_C=dataset.std_C,
         seed=0,
+        split_seed=3,
         epoch=1,
         seconds=1.0,
         model=a_network(0, architecture).state_dict(),

@@ -8,8 +8,10 @@ import torch
 from model import evaluate
 from model import export as exporting
 from model.calibrate import Combination, Measured, measure, recalibrated
+from model.data import load
 from model.evaluate import Artifact, Point
 from model.export import export
+from model.train import Recipe, Run, train
 from tests.model.small import a_checkpoint, a_dataset, a_network
 
 
@@ -88,3 +90,17 @@ def test_the_command_measures_a_folder_of_pictures(
     assert code == 0
     assert curve.with_suffix(".md").read_text().startswith("12 test images of folder")
     assert curve.with_suffix(".svg").read_text().startswith("<?xml")
+
+
+def test_the_split_is_the_runs_whatever_its_seed(pictures: Path, tmp_path: Path) -> None:
+    dataset = load("folder", pictures, seed=5)  # of such a folder that seed chooses the test pictures, too
+    recipe = Recipe("cifar-deep-2", 1, 8, 0.01, "triangle")
+    run = Run(recipe, dataset, tmp_path / "run", seed=2, bf16=False, device="cpu")
+    train(run)
+    places = ["--data", str(pictures), "--out"]
+    exporting.main(["--checkpoint", str(run.checkpoint), *places, str(tmp_path / "artifact"), "--name", "n"])
+
+    assert evaluate.main(["--artifact", str(tmp_path / "artifact"), *places, str(tmp_path / "curve")]) == 0
+
+    nll = Artifact(tmp_path / "artifact").manifest["test"]["nll"]["1"]
+    assert f"| {nll:.3f} |" in (tmp_path / "curve.md").read_text()

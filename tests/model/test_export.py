@@ -79,6 +79,10 @@ def test_fields_of_the_manifest(manifest: dict[str, Any]) -> None:
     assert set(manifest["source"]) >= {"dataset", "recipe", "seed", "epochs", "commit", "packages", "note"}
 
 
+def test_the_split_is_told_by_its_own_seed(manifest: dict[str, Any]) -> None:
+    assert (manifest["held_out"]["seed"], manifest["source"]["seed"]) == (3, 0)
+
+
 def test_rungs_are_shallow_first_and_name_their_files(artifact: Path, manifest: dict[str, Any]) -> None:
     rungs = manifest["rungs"]
     assert [rung["column"] for rung in rungs] == ["1", "2", "full"]

@@ -28,7 +28,7 @@ def test_the_recipe_is_the_papers() -> None:
         100,
         0.02,
     )
-    assert (recipe.local_drop, recipe.passes, recipe.dropout) == (0.15, "tied", True)
+    assert (recipe.local_drop, recipe.passes, recipe.dropout, recipe.affine) == (0.15, "tied", True, False)
 
 
 def test_another_recipe_keeps_the_network_and_the_papers_numbers() -> None:
@@ -71,6 +71,8 @@ def test_a_run_that_was_cut_off_goes_on_and_one_that_is_done_is_not_repeated(
     assert run(TOY, toy, tmp_path / "whole") == whole
     with pytest.raises(TrainingError, match="another run"):
         run(TOY, toy, tmp_path / "whole", seed=1)
+    with pytest.raises(TrainingError, match="another run"):
+        run(TOY, dataclasses.replace(toy, name="other"), tmp_path / "whole")
 
 
 def test_a_round_of_all_comes_before_the_next_and_what_fails_keeps_no_other_back(

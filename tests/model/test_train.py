@@ -23,7 +23,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from model.calibrate import recalibrate
@@ -210,6 +210,11 @@ def test_the_network_is_built_from_the_recipe_the_data_and_the_seed(toy: Dataset
     assert first.architecture.n_classes == 3
     assert first.architecture.dropout == ()  # the recipe says so
     assert build(QUICK, toy, 0).architecture.dropout == PRESETS["cifar-deep-2"].dropout
+    for recipe in (RECIPES["paper"], QUICK):
+        small = dataclasses.replace(recipe, architecture="cifar-deep-2")
+        norms = [m for m in build(small, toy, 0).modules() if isinstance(m, nn.BatchNorm2d)]
+        assert norms
+        assert {norm.affine for norm in norms} == {recipe is QUICK}  # the authors' has neither scale nor bias
     assert_equal(first.state_dict(), again.state_dict())
     key = "blocks.0.columns.0.0.conv.weight"
     assert not torch.equal(first.state_dict()[key], other.state_dict()[key])
@@ -325,6 +330,24 @@ def test_a_run_goes_on_with_its_own_teacher_alone(toy: Dataset, tmp_path: Path) 
     )
     with pytest.raises(TrainingError, match="other teacher"):
         taught_by_another.resume()
+
+
+def test_a_run_holds_out_the_same_images_as_its_teacher(pictures: Path, tmp_path: Path) -> None:
+    teacher = a_run(load("folder", pictures, n_held_out=4, seed=5), tmp_path / "teacher", seed=2)
+    teacher.out.mkdir()
+    teacher.save()
+    how = {
+        "recipe": "distilled",
+        "seed": 1,
+        "epochs": 1,
+        "learning_rate": 0.01,
+        "teacher": teacher.checkpoint,
+    }
+
+    assert main(command(pictures, tmp_path / "run", **how)) == 0
+
+    kept = Checkpoint.load(tmp_path / "run" / "checkpoint.pt")
+    assert (kept.seed, kept.split_seed, kept.n_held_out) == (1, 5, 4)
 
 
 def test_a_square_is_cut_out_of_what_is_trained_on(toy: Dataset, tmp_path: Path) -> None:
