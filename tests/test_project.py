@@ -25,8 +25,8 @@ DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "
 
 SKELETON = {
     "model": (
-        *("__init__", "fractalnet", "droppath", "data", "train"),
-        *("calibrate", "export", "evaluate"),
+        *("__init__", "fractalnet", "droppath", "data", "replay", "train"),
+        *("calibrate", "reproduce", "speed", "ablate", "export", "evaluate"),
     ),
     "loadtests": ("__init__", "arrivals", "simulate", "report"),
     "service": (
@@ -91,6 +91,8 @@ def test_the_import_rules_allow_the_way_the_layers_point(tmp_path: Path) -> None
             "service.waiting": "import service.ladder, service.latency, bisect",
             "loadtests.simulate": "import loadtests.report, numpy, time",
             "model.evaluate": "import model.export, model.calibrate, model.data",
+            "model.ablate": "import model.reproduce, model.train",
+            "model.reproduce": "import model.calibrate, model.train",
             "model.train": "import torch, onnx, model.fractalnet, model.droppath",
         },
     )
@@ -157,6 +159,9 @@ def test_the_import_rules_allow_the_way_the_layers_point(tmp_path: Path) -> None
         ("model.fractalnet", "model.droppath"),
         ("model.train", "model.calibrate"),
         ("model.calibrate", "model.export"),
+        ("model.train", "model.reproduce"),
+        ("model.reproduce", "model.ablate"),
+        ("model.replay", "model.train"),
         ("service.scheduling", "service.inference"),
     ],
 )
