@@ -17,18 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from model import data
+from model.recipe import RECIPES, Recipe, add_overrides, overridden
 from model.reproduce import Result, each_finished, fill, spread
-from model.train import (
-    RECIPES,
-    Checkpoint,
-    Recipe,
-    TrainingError,
-    add_overrides,
-    add_way,
-    at_least_1,
-    overridden,
-    way_of,
-)
+from model.train import Checkpoint, TrainingError, add_way, at_least_1, way_of
 
 AS_IT_IS = "as-it-is"
 

@@ -25,19 +25,16 @@ import torch
 
 from model import data
 from model.calibrate import recalibrate
+from model.recipe import RECIPES, Recipe, add_overrides, overridden
 from model.train import (
-    RECIPES,
     Checkpoint,
-    Recipe,
     Run,
     TrainingError,
     Way,
     accuracy,
-    add_overrides,
     add_way,
     at_least_1,
     logits,
-    overridden,
     train,
     way_of,
 )

@@ -25,11 +25,10 @@ import torch
 
 from model import data
 from model.fractalnet import FractalNet, cost
+from model.recipe import RECIPES, Recipe
 from model.train import (
     MARGIN,
-    RECIPES,
     Objective,
-    Recipe,
     Run,
     TrainingError,
     about_this_machine,

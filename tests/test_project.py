@@ -25,7 +25,7 @@ DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "
 
 SKELETON = {
     "model": (
-        *("__init__", "fractalnet", "droppath", "data", "replay", "train"),
+        *("__init__", "fractalnet", "droppath", "data", "replay", "recipe", "train"),
         *("calibrate", "reproduce", "speed", "ablate", "export", "evaluate"),
     ),
     "loadtests": ("__init__", "arrivals", "simulate", "report"),
@@ -93,7 +93,8 @@ def test_the_import_rules_allow_the_way_the_layers_point(tmp_path: Path) -> None
             "model.evaluate": "import model.export, model.calibrate, model.data",
             "model.ablate": "import model.reproduce, model.train",
             "model.reproduce": "import model.calibrate, model.train",
-            "model.train": "import torch, onnx, model.fractalnet, model.droppath",
+            "model.train": "import torch, onnx, model.recipe, model.droppath",
+            "model.recipe": "import model.data, model.fractalnet",
         },
     )
 
@@ -160,6 +161,7 @@ def test_the_import_rules_allow_the_way_the_layers_point(tmp_path: Path) -> None
         ("model.train", "model.calibrate"),
         ("model.calibrate", "model.export"),
         ("model.train", "model.reproduce"),
+        ("model.recipe", "model.train"),
         ("model.reproduce", "model.ablate"),
         ("model.replay", "model.train"),
         ("service.scheduling", "service.inference"),

@@ -4,7 +4,8 @@ import torch
 
 from model.data import Dataset, Split
 from model.fractalnet import Architecture, FractalNet, initialise
-from model.train import Checkpoint, Recipe, about_this_machine
+from model.recipe import Recipe
+from model.train import Checkpoint, about_this_machine
 
 ARCHITECTURE = Architecture((4, 6), 2, n_classes=4, size=8)
 LABELS = ("red", "green", "blue", "grey")

@@ -9,8 +9,8 @@ import pytest
 
 from model import ablate
 from model.ablate import AS_IT_IS, changes, table, variants
+from model.recipe import RECIPES
 from model.reproduce import BEGIN, END
-from model.train import RECIPES
 
 
 def results(*errors: tuple[int, float, float]) -> list[dict[str, Any]]:

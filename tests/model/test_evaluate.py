@@ -11,7 +11,8 @@ from model.calibrate import Combination, Measured, measure, recalibrated
 from model.data import load
 from model.evaluate import Artifact, Point
 from model.export import export
-from model.train import Recipe, Run, train
+from model.recipe import Recipe
+from model.train import Run, train
 from tests.model.small import a_checkpoint, a_dataset, a_network
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from model.data import Dataset
 from model.droppath import Global, Local, Paths, sample_local
+from model.recipe import Recipe
 from model.replay import Replay
-from model.train import Recipe, Run
+from model.train import Run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 

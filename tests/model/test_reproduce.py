@@ -8,8 +8,9 @@ import pytest
 
 from model import reproduce
 from model.data import Dataset
+from model.recipe import RECIPES
 from model.reproduce import BEGIN, END, STUDIES, Study, by, each_finished, fill, table, toy
-from model.train import RECIPES, Checkpoint, Run, TrainingError
+from model.train import Checkpoint, Run, TrainingError
 from tests.model.test_data import write_cifar10
 
 TOY = dataclasses.replace(toy(STUDIES[0]), name="toy", dataset="folder")

@@ -9,8 +9,8 @@ import torch
 
 from model import speed
 from model.fractalnet import FractalNet, preset
+from model.recipe import RECIPES, Recipe
 from model.speed import FLOPS_PER_MAC, PlainLoop, Speed, flops_per_image, measure, noise, table
-from model.train import RECIPES, Recipe
 
 
 @pytest.mark.parametrize(

@@ -30,17 +30,15 @@ from model.calibrate import recalibrate
 from model.data import Dataset, load
 from model.droppath import Global, Local, Paths
 from model.fractalnet import PRESETS, preset
+from model.recipe import RECIPES, Recipe, learning_rate
 from model.train import (
-    RECIPES,
     Checkpoint,
     Objective,
-    Recipe,
     Run,
     TrainingError,
     accuracy,
     answers_of,
     build,
-    learning_rate,
     logits,
     main,
     sample_parts,
