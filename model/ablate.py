@@ -11,15 +11,15 @@ Must not know calibration of answers, export or serving.
 import argparse
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from model import data
 from model.recipe import RECIPES, Recipe, add_overrides, overridden
-from model.reproduce import Result, each_finished, fill, spread
-from model.train import Checkpoint, TrainingError, add_way, at_least_1, way_of
+from model.reproduce import Result, each_finished, shown, spread
+from model.train import Checkpoint, add_way, at_least_1, way_of
 
 AS_IT_IS = "as-it-is"
 
@@ -100,6 +100,28 @@ def _chosen(recipe: Recipe, only: str | None) -> dict[str, Recipe]:
     return {name: variant for name, variant in made.items() if name in names}
 
 
+def _sections(options: argparse.Namespace) -> Iterator[str]:
+    recipe = overridden(RECIPES[options.recipe], options)
+    if recipe.is_taught_by_another and not options.teacher:
+        recipe = dataclasses.replace(recipe, distillation=0.0)
+    chosen = _chosen(recipe, options.only)
+    teacher = Checkpoint.load(options.teacher) if options.teacher else None
+    dataset = data.load(options.dataset, options.data, **(teacher.split if teacher else {}))
+    dataset = dataclasses.replace(dataset, train=dataset.train[: options.limit])
+    for results in each_finished(
+        chosen,
+        lambda _: dataset,
+        options.out,
+        n_seeds=options.seeds,
+        every=options.every,
+        teacher=teacher,
+        split="held_out",
+        **way_of(options),
+    ):
+        if results[AS_IT_IS]:
+            yield section(options.recipe, results)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Do as the command line says; the exit code is 0, 1 with a sentence, or 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m model.ablate", description=__doc__.splitlines()[0])
@@ -118,38 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     add_way(parser, every=10)
     add_overrides(parser)
     options = parser.parse_args(argv)
-    try:
-        recipe = overridden(RECIPES[options.recipe], options)
-        if recipe.is_taught_by_another and not options.teacher:
-            recipe = dataclasses.replace(recipe, distillation=0.0)
-        chosen = _chosen(recipe, options.only)
-        teacher = Checkpoint.load(options.teacher) if options.teacher else None
-        n_held_out, seed = (teacher.n_held_out, teacher.split_seed) if teacher else (data.N_HELD_OUT, 0)
-        dataset = data.load(options.dataset, options.data, n_held_out=n_held_out, seed=seed)
-        dataset = dataclasses.replace(dataset, train=dataset.train[: options.limit])
-        for results in each_finished(
-            chosen,
-            lambda _: dataset,
-            options.out,
-            n_seeds=options.seeds,
-            every=options.every,
-            teacher=teacher,
-            split="held_out",
-            **way_of(options),
-        ):
-            if not results[AS_IT_IS]:
-                continue
-            text = section(options.recipe, results)
-            print(text, flush=True)
-            if options.page:
-                fill(options.page, text)
-    except (TrainingError, data.DataError, ValueError, OSError) as error:
-        print(f"model.ablate: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("model.ablate: stopped; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return shown("model.ablate", _sections(options), options.page)
 
 
 if __name__ == "__main__":

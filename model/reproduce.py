@@ -270,10 +270,39 @@ def each_finished(
         raise TrainingError(f"not made: {', '.join(failed)}; the same command tries again")
 
 
+def shown(program: str, texts: Iterator[str], page: Path | None) -> int:
+    """Print each text as it comes, and put it on the page; the exit code is as `main` says."""
+    try:
+        for text in texts:
+            print(text, flush=True)
+            if page:
+                fill(page, text)
+    except (TrainingError, data.DataError, ValueError, OSError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{program}: stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
 def _chosen(options: argparse.Namespace, names: Sequence[str], recipes: Sequence[str]) -> list[Study]:
     studies = [by(recipe, study) for recipe in recipes for study in STUDIES if study.name in names]
     shrunk = [toy(study) for study in studies] if options.toy else studies
     return [dataclasses.replace(one, recipe=overridden(one.recipe, options)) for one in shrunk]
+
+
+def _tables(options: argparse.Namespace, names: Sequence[str], recipes: Sequence[str]) -> Iterator[str]:
+    by_name = {study.name: study for study in _chosen(options, names, recipes)}
+    for results in each_finished(
+        {name: study.recipe for name, study in by_name.items()},
+        lambda name: _load(by_name[name], options.data, options.held_out, is_toy=options.toy),
+        options.out,
+        n_seeds=options.seeds,
+        every=options.every,
+        **way_of(options),
+    ):
+        yield "\n".join(table(study, results[name]) for name, study in by_name.items() if results[name])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -306,28 +335,8 @@ def main(argv: list[str] | None = None) -> int:
     recipes = options.recipes.split(",")
     if unknown := [name for name in recipes if name not in ("paper", "wide")]:
         parser.error(f"no recipe for this is called {unknown[0]!r}: use paper, wide")
-    try:
-        studies = _chosen(options, chosen, recipes)
-        by_name = {study.name: study for study in studies}
-        for results in each_finished(
-            {study.name: study.recipe for study in studies},
-            lambda name: _load(by_name[name], options.data, options.held_out, is_toy=options.toy),
-            options.out,
-            n_seeds=options.seeds,
-            every=options.every,
-            **way_of(options),
-        ):
-            text = "\n".join(table(study, results[study.name]) for study in studies if results[study.name])
-            print(text, flush=True)
-            if options.page and not options.toy:
-                fill(options.page, text)
-    except (TrainingError, data.DataError, ValueError, OSError) as error:
-        print(f"model.reproduce: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("model.reproduce: stopped; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    texts = _tables(options, chosen, recipes)
+    return shown("model.reproduce", texts, None if options.toy else options.page)
 
 
 if __name__ == "__main__":

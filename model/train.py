@@ -287,6 +287,11 @@ class Checkpoint:
                 f"{len(self.labels)} labels): give the same folder, unchanged, with --data"
             )
 
+    @property
+    def split(self) -> dict[str, int]:
+        """How `data.load` holds out the same images again."""
+        return {"n_held_out": self.n_held_out, "seed": self.split_seed}
+
     def load_data(self, folder: Path) -> data.Dataset:
         """Read the data that was trained on, split as it was then.
 
@@ -294,13 +299,7 @@ class Checkpoint:
             TrainingError: as `check`.
             data.DataError: if it is missing or broken.
         """
-        dataset = data.load(
-            self.dataset,
-            folder,
-            size=self.architecture.size,
-            n_held_out=self.n_held_out,
-            seed=self.split_seed,
-        )
+        dataset = data.load(self.dataset, folder, size=self.architecture.size, **self.split)
         self.check(dataset)
         return dataset
 
@@ -463,14 +462,11 @@ class Run:
         self.epoch, self.seconds = 0, 0.0
         self._kept_epoch = 0
         self.n_steps = len(dataset.train) // recipe.batch_size
-        self._average = Average(self.net, 1 / self._n_averaged_over) if recipe.averaging else None
+        n_averaged_over = max(1.0, recipe.averaging * recipe.epochs * self.n_steps)
+        self._average = Average(self.net, 1 / n_averaged_over) if recipe.averaging else None
         self._recorded: dict[tuple[int, ...], Replay] = {}
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
-
-    @property
-    def _n_averaged_over(self) -> float:
-        return max(1.0, self.recipe.averaging * self.recipe.epochs * self.n_steps)
 
     @property
     def trained(self) -> FractalNet:
@@ -844,9 +840,7 @@ def _prepare(options: argparse.Namespace) -> Run:
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
         raise TrainingError(f"--device {options.device} cannot be used here ({error})") from error
     teacher = Checkpoint.load(options.teacher) if options.teacher else None
-    split = (
-        {"n_held_out": teacher.n_held_out, "seed": teacher.split_seed} if teacher else {"seed": options.seed}
-    )
+    split = teacher.split if teacher else {"seed": options.seed}
     with _one_process_before_the_others():
         dataset = data.load(options.dataset, options.data, size=options.size, **split)
     if options.limit:
